@@ -1,0 +1,51 @@
+# make quickstart | test | lab ; the rest serves these three.
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lab readme lock clean notebooks lessons pytest rooms style
+
+PYTHON ?= python3
+BIN := .venv/bin
+export BENTOML_DO_NOT_TRACK := True
+# LightGBM finds OpenMP here (see `install`)
+export LD_LIBRARY_PATH := $(CURDIR)/.venv/lib$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
+
+help:            ## what can be made
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 14
+
+install: .venv/.done   ## .venv with everything in requirements.lock
+.venv/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"the lock is for Python 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.11"'
+	@$(PYTHON) -c 'import ensurepip' || { echo "Python has no venv here: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# LightGBM needs the system's libgomp.so.1, which a bare Debian lacks; scikit-learn brings one
+	ln -sf $$(cd .venv/lib && ls python3.11/site-packages/scikit_learn.libs/libgomp*) .venv/lib/libgomp.so.1
+	@touch $@
+
+quickstart: install   ## from raw payments to a served, verified score, in under five minutes
+	$(BIN)/fraudlab run params/pipelines/quickstart.yaml
+
+lab: install     ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+test: install notebooks rooms style lessons pytest   ## the whole suite
+
+notebooks:       ## clean, and in step with the package and the README
+	$(BIN)/python .ci/notebooks.py
+lessons:         ## the notebooks' lesson cells
+	JAX_PLATFORMS=cpu $(BIN)/nbdev-test --n-workers 1 --timing
+pytest:
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+rooms:           ## a room imports only from rooms with smaller numbers
+	$(BIN)/lint-imports
+style:
+	$(BIN)/ruff check
+
+readme: install  ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
+
+lock:            ## requirements.lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock
+
+clean:           ## remove what was made: the environment, runs, data, bundles
+	rm -rf .venv build dist *.egg-info
