@@ -42,7 +42,7 @@ style:
 	$(BIN)/ruff check
 
 readme: install  ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
+	$(BIN)/python .ci/notebooks.py --readme
 
 lock:            ## requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock

@@ -78,27 +78,21 @@ def _watch(step, console):
         yield lambda done, text: bars.update(bar, completed=done, description=text[:width].replace("[", r"\["))
     console.print(f"{step.name:<12} {time.perf_counter() - started:6.1f} s", highlight=False)
 
-# %% ../nbs/cli.ipynb #6a535b00
+# %% ../nbs/cli.ipynb #1d5e675a
 def _summary(runs: dict, console):
-    from rich.table import Table
-
     from fraudlab.core.settings import settings
-    scored = {model: run for run in runs.values() for model in run.result["outputs"].get("models", [])}
-    if scored:
-        table = Table("model", "AUC", "average precision", "card precision@100", title="Test period, with 95% intervals", title_justify="left")
-        for model, run in scored.items(): table.add_row(model, *(_interval(run.metrics, f"{model}.{m}") for m in ("auc", "ap", "cp100")))
-        console.print(table)
+    from fraudlab.evaluation.tables import table
+    judged = [run for run in runs.values() if "models" in run.outputs]
+    for run in judged:
+        by_model = {m: {k.removeprefix(f"{m}."): v for k, v in run.metrics.items() if k.startswith(f"{m}.")} for m in run.outputs["models"]}
+        console.print(table(by_model, title=f"Test period: {run.outputs['rows']:,} payments, {run.outputs['frauds']:,} frauds"))
     for name, run in runs.items():
         folder = run.folder.relative_to(settings().root) if run.folder.is_relative_to(settings().root) else run.folder
         console.print(f"{name:<12} {folder}/{run.result['flow']}.ipynb", highlight=False, soft_wrap=True)
+        if "bundle" in run.outputs: console.print(f"{'bundle':<12} {run.outputs['bundle']}", highlight=False, soft_wrap=True)
     for run in runs.values():
-        for title, text in run.outputs.get("next", {}).items(): console.print(f"\n[bold]{title}[/bold]\n{text}", highlight=False, soft_wrap=True)
-    if not scored:
-        for name, run in runs.items(): console.print_json(json.dumps({name: run.metrics}))
-
-def _interval(metrics: dict, name: str) -> str:
-    if name not in metrics: return "–"
-    return f"{metrics[name]:.3f} ({metrics[f'{name}.low']:.3f}–{metrics[f'{name}.high']:.3f})"
+        for title, text in run.outputs.get("next", {}).items(): console.print(f"\n[bold]{title}[/bold]\n{text}".replace("[{", r"\[{"), highlight=False, soft_wrap=True)
+    if not judged: console.print_json(json.dumps({name: run.metrics for name, run in runs.items()}))
 
 # %% ../nbs/cli.ipynb #d155a138
 @app.command("list")
@@ -189,7 +183,7 @@ def _devices(device: str):
         return "devices", f"{', '.join(str(d) for d in jax.devices())} (device = {device})", "ok", ""
     except (ImportError, RuntimeError) as e: return "devices", str(e).splitlines()[0], "bad", "set device = auto in settings.ini"
 
-# %% ../nbs/cli.ipynb #59d57163
+# %% ../nbs/cli.ipynb #3c54c05c
 @app.command()
 def serve(
     bundle: Annotated[str, typer.Option(help="Bundle folder; default the newest in the lab's bundles folder.")] = "",
@@ -201,8 +195,14 @@ def serve(
 
     A bundle that does not verify is refused. On another address than this machine's own, callers must show an API key."""
     with _plain_errors():
+        from fraudlab.core.runner import library_variables
+        from fraudlab.core.settings import settings
+        s = settings()
+        folder = Path(s.root, bundle or s.bundle or s.bundles / "latest").resolve()
+        if not folder.is_dir(): raise ValueError(f"No bundle at {folder}. Make one with `fraudlab run params/pipelines/quickstart.yaml`, or name one with --bundle.")
+        os.environ.update(library_variables())
         from fraudlab.serving.bento import serve as serve_bundle
-        raise typer.Exit(serve_bundle(bundle, state, host, port))
+        serve_bundle(folder, host=host, port=port, **({"state": state} if state else {}))
 
 # %% ../nbs/cli.ipynb #004294d1
 @app.command()
@@ -222,5 +222,5 @@ def score(
         except urllib.error.URLError as e: raise ValueError(f"No service at {url} ({e.reason}). Start one with `fraudlab serve`.") from e
     typer.echo(answer.decode())
 
-# %% ../nbs/cli.ipynb #12c05a1a
-def main(): app()
+# %% ../nbs/cli.ipynb #b9328a0d
+def main(): app(prog_name="fraudlab")

@@ -66,16 +66,17 @@ def _relative(folder: Path) -> str:
     root = settings().root
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #e2d38a04
+# %% ../../nbs/00_core/50_pipelines.ipynb #c82c1cef
 def fill(value, names: dict):
     "`value` with its references replaced; raises `ValueError` for a reference to nothing."
     if isinstance(value, dict): return {k: fill(v, names) for k, v in value.items()}
     if isinstance(value, list): return [fill(v, names) for v in value]
     if not isinstance(value, str) or "{" not in value: return value
-    name = value[1:-1]
-    if value[0] == "{" and value[-1] == "}" and name in names and not isinstance(names[name], _Step):
-        return str(names[name]) if isinstance(names[name], _Text) else names[name]
-    try: return value.format(**names)
+    try:
+        parts = list(string.Formatter().parse(value))
+        if len(parts) > 1 or parts[0][0]: return value.format(**names)
+        found, _ = string.Formatter().get_field(parts[0][1], (), names)
+        return str(found) if isinstance(found, _Text) else found
     except KeyError as e: raise ValueError(f"'{value}' refers to '{e.args[0]}'. {closest(e.args[0], names)}") from e
     except (AttributeError, ValueError, IndexError) as e: raise ValueError(f"'{value}': {e}. A step has folder, id, outputs and metrics.") from e
 

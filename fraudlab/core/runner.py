@@ -89,13 +89,16 @@ def parse_assignments(
         given[name] = value if types.get(name) is str else yaml.safe_load(value)
     return given
 
-# %% ../../nbs/00_core/40_runner.ipynb #d0ea3439
+# %% ../../nbs/00_core/40_runner.ipynb #6aa488f8
 def _contents(values) -> dict[str, str]:
     "Hash of every file, and of every run, that `values` name."
     found, root = {}, settings().root
+    if not isinstance(values, (dict, list)): return found
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, (dict, list)): found |= _contents(value)
-        elif isinstance(value, str) and value and (root / value).is_file(): found[value] = file_hash(root / value)
+        elif isinstance(value, str) and value and (root / value).is_file():
+            found[value] = file_hash(root / value)
+            if value.endswith((".yaml", ".yml")): found |= _contents(yaml.safe_load((root / value).read_text()))   # a mapping names its file
         elif isinstance(value, str) and value and (root / value / "result.json").is_file(): found[value] = file_hash(root / value / "result.json")
     return found
 
@@ -198,10 +201,15 @@ def _environment(**variables):
     finally:
         for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../../nbs/00_core/40_runner.ipynb #e99ef32a
+# %% ../../nbs/00_core/40_runner.ipynb #ad098d5b
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
     "Execute the notebook into `folder`; returns seconds by cell and in all."
     import papermill
+    from jupyter_client import AsyncKernelManager
+    from traitlets import default
+    class Kernel(AsyncKernelManager):
+        @default("transport")
+        def _transport(self): return "ipc"   # sockets that no other user can reach
     total = sum(c["cell_type"] == "code" for c in json.loads(notebook.read_text())["cells"]) + 1   # papermill adds a cell
     started, done, last = time.perf_counter(), [], [""]
     def show(text):
@@ -213,7 +221,7 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     output, tail, s = folder / f"{flow}.ipynb", _Tail(show), settings()
     try:
         with _environment(FRAUDLAB_RUN=str(folder), FRAUDLAB_ROOT=str(s.root), **device_variables(s.device), **library_variables()):
-            papermill.execute_notebook(notebook, output, values, kernel_name="python3", cwd=str(s.root), progress_bar=False, coalesce_streams=True,
+            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=Kernel, cwd=str(s.root), progress_bar=False, coalesce_streams=True,
                                        stdout_file=tail, stderr_file=tail, on_cell_executed=lambda cell, cell_index, execute_reply: cell_done(cell, cell_index))
     except Exception as e: raise _failure(flow, output, e) from e
     return {"seconds": round(time.perf_counter() - started, 2), "cells": done}

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TIME', 'LARGEST', 'EARLIEST', 'LATEST', 'KINDS', 'RESERVED', 'QUARANTINE', 'Payments', 'Labels', 'Field',
-           'payments_schema', 'sift', 'Tables', 'check', 'reasons', 'profile', 'source', 'sources', 'instant',
-           'existing_file', 'need_columns']
+           'payments_schema', 'sift', 'Tables', 'check', 'reasons', 'profile', 'source', 'sources', 'instant', 'delay',
+           'existing_file', 'read_parquet', 'need_columns']
 
-# %% ../../nbs/10_data/00_contract.ipynb #cc1ff7c4
+# %% ../../nbs/10_data/00_contract.ipynb #3abc6ca8
 import functools
 import inspect
 import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -83,18 +83,19 @@ class Field:
         if not self.name.isidentifier() or keyword.iskeyword(self.name):
             raise ValueError(f"'{self.name}' cannot be a field's name: letters, digits and _ only, no digit first, no word of Python.")
 
-# %% ../../nbs/10_data/00_contract.ipynb #7d63ccbb
+# %% ../../nbs/10_data/00_contract.ipynb #d450898a
 def payments_schema(
     fields: tuple[Field, ...] = (),
     entities: bool = True,  # False: payers and payees are unknown
 ) -> type[dy.Schema]:
     "Schema of a source's payments."
     nobody = lambda: dy.String(nullable=True, check={"given by a source without entities": lambda c: c.is_null()})
-    columns = {} if entities else {"payer_id": nobody(), "payee_id": nobody()}
-    return type("Payments", (Payments,), columns | {f.name: KINDS[f.kind]() for f in fields})
+    hidden = () if entities else ("payer_id", "payee_id")
+    columns = {name: nobody() if name in hidden else column for name, column in Payments.columns().items()}
+    return type("Payments", (dy.Schema,), columns | {f.name: KINDS[f.kind]() for f in fields})
 
-# %% ../../nbs/10_data/00_contract.ipynb #03d82ada
-QUARANTINE = {"table": pl.String, "row": pl.UInt32, "payment_id": pl.String, "reason": pl.String, "raw": pl.String}
+# %% ../../nbs/10_data/00_contract.ipynb #a53d6f6c
+QUARANTINE = {"table": pl.String, "row": pl.Int64, "payment_id": pl.String, "reason": pl.String, "raw": pl.String}
 _WORDS = {"nullability": "missing", "nan": "not a number", "inf": "infinite"}
 
 def _reason(rule: str, faults: tuple[str, ...]) -> pl.Expr:
@@ -105,15 +106,17 @@ def _reason(rule: str, faults: tuple[str, ...]) -> pl.Expr:
     if name == "nullability": broken = pl.all_horizontal(broken, *(~pl.col(f) for f in faults if f.startswith(f"{column}: ")))
     return pl.when(broken).then(pl.lit(f"{column}: {_WORDS.get(name, name.removeprefix('check__'))}"))
 
-# %% ../../nbs/10_data/00_contract.ipynb #22a27e45
+# %% ../../nbs/10_data/00_contract.ipynb #f7683913
 def sift(
     table: str,                         # its name in the quarantine
     frame: pl.DataFrame,                # columns of `schema`, in any order
     schema: type[dy.Schema],
     faults: pl.DataFrame | None = None, # Boolean columns, named '<column>: <reason>'
-    raw: pl.DataFrame | None = None,    # the rows as they came; default `frame`
+    raw: pl.DataFrame | None = None,    # the rows as they came, found by `row`; default `frame`
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     "Good rows of `frame` in their order, and the quarantined ones: table, row (from 0), payment_id, reason, raw."
+    numbers = frame["row"] if "row" in frame.columns else pl.int_range(len(frame), eager=True)
+    frame = frame.drop("row", strict=False)
     _refuse_columns(table, frame, schema)
     faults = pl.DataFrame() if faults is None else faults.select(pl.all().fill_null(False))
     checked = {"row": dy.UInt32()} | {name: dy.Bool(check=lambda c: ~c) for name in faults.columns}
@@ -122,13 +125,14 @@ def sift(
     details = failure.details()
     rules = [c for c in details.columns if "|" in c]
     reason = pl.concat_str([_reason(r, tuple(faults.columns)) for r in rules], separator="; ", ignore_nulls=True)
-    quarantined = details.select(pl.lit(table).alias("table"), "row", "payment_id", reason.alias("reason")).with_columns(
-        (frame if raw is None else raw)[details["row"]].select(pl.struct(pl.all()).struct.json_encode().alias("raw")))
+    kept = frame[details["row"]] if raw is None else raw[numbers[details["row"]]]
+    quarantined = details.select(pl.lit(table).alias("table"), numbers[details["row"]].alias("row"), "payment_id", reason.alias("reason"))
+    quarantined = quarantined.with_columns(kept.select(pl.struct(pl.all()).struct.json_encode().alias("raw")))
     if len(good) + len(quarantined) != len(frame):
         raise AssertionError(f"{table}: {len(frame)} rows in, {len(good)} good and {len(quarantined)} quarantined.")
     return good.select(schema.column_names()), quarantined.cast(QUARANTINE)
 
-# %% ../../nbs/10_data/00_contract.ipynb #56aad5c7
+# %% ../../nbs/10_data/00_contract.ipynb #36585a69
 def _refuse_columns(table: str, frame: pl.DataFrame, schema: type[dy.Schema]):
     "Raise `ValueError` for the first column that is missing, undeclared or of the wrong type."
     expected = pl.Schema(schema)
@@ -136,7 +140,8 @@ def _refuse_columns(table: str, frame: pl.DataFrame, schema: type[dy.Schema]):
         if name not in frame.columns: raise ValueError(f"{table} have no column '{name}'. {closest(name, frame.columns)}")
     refuse_unknown(frame.columns, expected, f"column of {table}, nor a declared field")
     for name, dtype in expected.items():
-        if frame[name].dtype != dtype: raise ValueError(f"Column '{name}' of {table} is {frame[name].dtype}; it must be {dtype}: cast it first.")
+        given = frame[name].dtype
+        if given != dtype: raise ValueError(f"Column '{name}' of {table} is {given}; it must be {dtype}: cast it first.")
 
 # %% ../../nbs/10_data/00_contract.ipynb #28e16813
 class Tables(NamedTuple):
@@ -147,10 +152,11 @@ class Tables(NamedTuple):
     fields: tuple[Field, ...]
     entities: bool             # False: payer_id and payee_id are null
 
-# %% ../../nbs/10_data/00_contract.ipynb #0320e5cb
+# %% ../../nbs/10_data/00_contract.ipynb #a9251a00
 def _label_faults(labels: pl.DataFrame, payments: pl.DataFrame, quarantined: pl.DataFrame) -> pl.DataFrame:
     "What is wrong with labels beside their payments: one Boolean column a reason."
-    paid = labels.select("payment_id", "known_at").join(payments.select("payment_id", "event_time"), "payment_id", "left", maintain_order="left")
+    times = payments.select("payment_id", "event_time")
+    paid = labels.select("payment_id", "known_at").join(times, "payment_id", "left", maintain_order="left")
     orphan = pl.col("event_time").is_null() & pl.col("payment_id").is_not_null()
     held = pl.col("payment_id").is_in(quarantined["payment_id"].drop_nulls().implode())
     return paid.select(
@@ -158,22 +164,21 @@ def _label_faults(labels: pl.DataFrame, payments: pl.DataFrame, quarantined: pl.
         (orphan & held).alias("payment_id: its payment is in quarantine"),
         (pl.col("known_at") < pl.col("event_time")).alias("known_at: before the payment"))
 
-# %% ../../nbs/10_data/00_contract.ipynb #c2cc82d3
+# %% ../../nbs/10_data/00_contract.ipynb #f081bc4b
 def check(
     payments: pl.DataFrame,
     labels: pl.DataFrame,
     fields: tuple[Field, ...] = (),
     entities: bool = True,
     faults: pl.DataFrame | None = None,        # of payments, see `sift`
-    raw: pl.DataFrame | None = None,           # payments as they came
+    raw: pl.DataFrame | None = None,           # the source's rows as they came; for labels too where they have a column `row`
     label_faults: pl.DataFrame | None = None,
-    raw_labels: pl.DataFrame | None = None,
 ) -> Tables:
     "Put both tables to the contract. No row is lost: for each table, rows in = good + quarantined."
     good, held = sift("payments", payments, payments_schema(fields, entities), faults, raw)
     across = _label_faults(labels, good, held)
     across = across if label_faults is None else pl.concat([label_faults, across], how="horizontal")
-    known, held_labels = sift("labels", labels, Labels, across, raw_labels)
+    known, held_labels = sift("labels", labels, Labels, across, raw if "row" in labels.columns else None)
     if not good["event_time"].is_sorted(): good = good.sort("event_time", maintain_order=True)
     return Tables(good, known, pl.concat([held, held_labels]), tuple(fields), entities)
 
@@ -185,7 +190,7 @@ def reasons(
     each = quarantined.select("table", pl.col("reason").str.split("; ")).explode("reason")
     return each.group_by("table", "reason").agg(rows=pl.len()).sort("table", "rows", "reason", descending=[True, True, False])
 
-# %% ../../nbs/10_data/00_contract.ipynb #c07d0713
+# %% ../../nbs/10_data/00_contract.ipynb #4e5261c6
 def profile(tables: Tables) -> dict[str, float]:
     "Counts, rates and amounts of a source; payments with no known label are in no rate."
     rows = tables.payments.join(tables.labels, "payment_id", "left")
@@ -194,7 +199,8 @@ def profile(tables: Tables) -> dict[str, float]:
     row = rows.select(
         payments=pl.len(), frauds=fraud.sum(), unknown=pl.col("is_fraud").null_count(), fraud_rate=pl.col("is_fraud").mean(),
         days=day.n_unique(), payments_a_day=pl.len() / day.n_unique(), night_share=(pl.col("event_time").dt.hour() <= 6).mean(),
-        mean_amount=amount.mean(), median_amount=amount.median(), largest_amount=amount.max(), mean_fraud_amount=amount.filter(fraud).mean(),
+        mean_amount=amount.mean(), median_amount=amount.median(), largest_amount=amount.max(),
+        mean_fraud_amount=amount.filter(fraud).mean(),
         **({} if not tables.entities else {
             "payers": payer.n_unique(), "payees": payee.n_unique(), "payments_a_payer": pl.len() / payer.n_unique(),
             "fraud_payers": payer.filter(fraud).n_unique(), "fraud_payees": payee.filter(fraud).n_unique()}),
@@ -226,7 +232,7 @@ def sources() -> pl.DataFrame:
             for name, f in discover("source").items() for p in inspect.signature(f).parameters.values()]
     return pl.DataFrame(rows, {c: pl.String for c in ("source", "option", "type", "default", "about")}, orient="row")
 
-# %% ../../nbs/10_data/00_contract.ipynb #5d38822e
+# %% ../../nbs/10_data/00_contract.ipynb #28a2ee40
 def instant(
     text: str,  # ISO 8601 date or time, such as 2018-04-01 or 2018-04-01T08:00:00+02:00; UTC where it names no zone
 ) -> datetime:
@@ -234,6 +240,11 @@ def instant(
     try: when = datetime.fromisoformat(text)
     except ValueError: raise ValueError(f"'{text}' is no date or time: write it like 2018-04-01 or 2018-04-01T08:00:00Z.") from None
     return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+
+def delay(days: float) -> timedelta:
+    "The time from a payment to its label."
+    if not 0 <= days <= 36_500: raise ValueError(f"delay_days = {days}: must be 0 or more, and less than a century.")
+    return timedelta(days=days)
 
 def existing_file(
     path: str,  # absolute, or relative to the lab's folder
@@ -243,6 +254,11 @@ def existing_file(
     if file.is_file(): return file
     if not file.parent.is_dir(): raise FileNotFoundError(f"There is no file '{path}': its folder does not exist in {lab_root()}.")
     raise FileNotFoundError(f"There is no file '{path}'. {closest(file.name, [f.name for f in file.parent.iterdir() if f.is_file()])}")
+
+def read_parquet(file: Path) -> pl.DataFrame:
+    "The rows of a Parquet file; `ValueError` for any other file."
+    try: return pl.read_parquet(file, glob=False)
+    except pl.exceptions.PolarsError as e: raise ValueError(f"{file.name} cannot be read as Parquet: {str(e).splitlines()[0]}") from None
 
 def need_columns(frame: pl.DataFrame, names: list[str], file: Path):
     "Raise `ValueError` for the first of `names` that is no column of `frame`, which was read from `file`."

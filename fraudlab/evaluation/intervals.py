@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['weighted_auc', 'weighted_ap', 'payer_draws', 'evaluate', 'compare']
 
-# %% ../../nbs/50_evaluation/10_intervals.ipynb #4c1cfee2
-from collections.abc import Callable, Iterator
+# %% ../../nbs/50_evaluation/10_intervals.ipynb #c602d182
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -14,10 +14,10 @@ import polars as pl
 
 from .metrics import Ranked, Weights, checked, metrics, rank
 
-# %% ../../nbs/50_evaluation/10_intervals.ipynb #a7e0b378
+# %% ../../nbs/50_evaluation/10_intervals.ipynb #8d92381b
 @checked
 def weighted_auc(scores: pl.DataFrame | Ranked, weights: Weights = None) -> float:
-    "`auc` without sorting again: sum over scores of frauds there · (genuine payments below + half of those there), as a share of all pairs."
+    "`auc` without sorting again: sum over scores of frauds there · (genuine payments below + half of those there) / all pairs."
     r = rank(scores)
     fraud, genuine = _counts(r, weights)
     below = genuine[-1] - (genuine + np.concatenate([[0.0], genuine[:-1]])) / 2
@@ -54,7 +54,7 @@ def payer_draws(
             draws -= 1
             yield copies
 
-# %% ../../nbs/50_evaluation/10_intervals.ipynb #46b8a0ab
+# %% ../../nbs/50_evaluation/10_intervals.ipynb #05b2251a
 def _defined(r: Ranked, budget: int, false_positive_ratio: float) -> dict[str, Callable[..., float]]:
     "The metrics of these payments, in their fast forms: no card precision without payers, no value without amounts."
     fast = metrics | {
@@ -71,7 +71,18 @@ def _bounds(drawn: np.ndarray, level: float) -> np.ndarray:
     if not 0 < level < 1: raise ValueError(f"level = {level}: must lie between 0 and 1, such as .95.")
     return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
-# %% ../../nbs/50_evaluation/10_intervals.ipynb #4e2f6255
+def _measured(measures: dict, r: Ranked, copies: np.ndarray | None) -> np.ndarray:
+    "Each metric of one draw of payers, or of the payments as they are."
+    weights = None if copies is None else copies[r.cluster]
+    return np.array([measure(r, weights=weights) for measure in measures.values()])
+
+def _with_intervals(names: Iterable[str], values: Callable, draws: Iterable[np.ndarray], level: float) -> dict[str, float]:
+    "`values` of the payments as they are, and the interval of those of the draws, by name."
+    point, drawn = values(None), np.array([values(copies) for copies in draws])
+    columns = zip(names, point, *_bounds(drawn, level), strict=True)
+    return {f"{name}{end}": float(v) for name, *three in columns for end, v in zip(("", ".low", ".high"), three, strict=True)}
+
+# %% ../../nbs/50_evaluation/10_intervals.ipynb #ace56baf
 def evaluate(
     scores: pl.DataFrame | Ranked,
     draws: int = 200,                    # bootstrap draws
@@ -88,14 +99,9 @@ def evaluate(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13; Field and Welsh, 2007 (clusters)."""
     r = rank(scores)
     measures = _defined(r, budget, false_positive_ratio)
-    point = [f(r) for f in measures.values()]
-    drawn = [[f(r, weights=copies[r.cluster]) for f in measures.values()] for copies in payer_draws(r, draws, seed)]
-    return _named(measures, point, *_bounds(np.array(drawn), level))
+    return _with_intervals(measures, lambda copies: _measured(measures, r, copies), payer_draws(r, draws, seed), level)
 
-def _named(names, point, low, high) -> dict[str, float]:
-    return {f"{n}{end}": float(v) for n, *values in zip(names, point, low, high, strict=True) for end, v in zip(("", ".low", ".high"), values, strict=True)}
-
-# %% ../../nbs/50_evaluation/10_intervals.ipynb #6f02b51c
+# %% ../../nbs/50_evaluation/10_intervals.ipynb #7780d877
 def compare(
     scores: pl.DataFrame,                # of the model in question
     baseline: pl.DataFrame,              # of the model beside it, on the same payments
@@ -110,8 +116,7 @@ def compare(
     key = ["payment_id", "event_time", "payer_id", "amount", "is_fraud"]
     if not scores.select(key).sort("payment_id").equals(baseline.select(key).sort("payment_id")):
         both = len(set(scores["payment_id"]) & set(baseline["payment_id"]))
-        raise ValueError(f"two models are compared on the same payments and labels: {len(scores)} and {len(baseline)} rows, {both} payments in both.")
+        raise ValueError(f"models are compared on the same payments and labels: {len(scores)} and {len(baseline)} rows, {both} in both.")
     measures = _defined(a, budget, false_positive_ratio)
-    point = [f(a) - f(b) for f in measures.values()]
-    drawn = [[f(a, weights=copies[a.cluster]) - f(b, weights=copies[b.cluster]) for f in measures.values()] for copies in payer_draws(a, draws, seed)]
-    return _named(measures, point, *_bounds(np.array(drawn), level))
+    difference = lambda copies: _measured(measures, a, copies) - _measured(measures, b, copies)
+    return _with_intervals(measures, difference, payer_draws(a, draws, seed), level)

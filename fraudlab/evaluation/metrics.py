@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Weights', 'checked', 'metrics', 'simulate_scores', 'check_scores', 'Ranked', 'rank', 'auc', 'ap',
-           'card_precision', 'alerted', 'precision_at_budget', 'recall_at_budget', 'value_detected', 'ece']
+           'card_precision', 'alerted', 'precision_at_budget', 'recall_at_budget', 'value_detected', 'probabilities',
+           'equal_mass', 'ece']
 
 # %% ../../nbs/50_evaluation/00_metrics.ipynb #461c63fe
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from beartype import beartype
 from jaxtyping import Float64, Int64, jaxtyped
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-# %% ../../nbs/50_evaluation/00_metrics.ipynb #3406f13a
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #3871b7dd
 def simulate_scores(
     payments: int = 20_000,  # rows
     payers: int = 1_500,     # each pays at a rate of its own
@@ -33,7 +34,7 @@ def simulate_scores(
     since = time / 86_400_000_000 - stolen[payer]
     fraud = (since >= 0) & (since < 3) & (rng.random(payments) < .5)
     amount = np.round(rng.lognormal(3.5, .8, payments) * np.where(fraud, 2.5, 1), 2)
-    noise = (rng.normal(size=payers)[payer] + rng.normal(size=payments)) / 2**.5          # half of it is the payer's: some cards look odd always
+    noise = (rng.normal(size=payers)[payer] + rng.normal(size=payments)) / 2**.5    # half of it is the payer's: some cards always look odd
     odds = fraud.sum() / (payments - fraud.sum()) * np.exp(skill * (noise + skill * fraud) - skill**2 / 2)
     return pl.DataFrame({
         "payment_id": [f"p{i:06d}" for i in range(payments)],
@@ -41,7 +42,7 @@ def simulate_scores(
         "payer_id": [f"c{i:05d}" for i in payer],
         "amount": amount, "is_fraud": fraud, "score": odds / (1 + odds)})
 
-# %% ../../nbs/50_evaluation/00_metrics.ipynb #8c44bf78
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #5c63dfe3
 COLUMNS = ("payment_id", "event_time", "payer_id", "amount", "is_fraud", "score")
 
 def check_scores(scores: pl.DataFrame) -> pl.DataFrame:
@@ -50,21 +51,23 @@ def check_scores(scores: pl.DataFrame) -> pl.DataFrame:
     if missing: raise ValueError(f"scored payments lack {', '.join(missing)}: they need {', '.join(COLUMNS)}.")
     scores = scores.select(COLUMNS)
     if scores.is_empty(): raise ValueError("no scored payments: the test period is empty. Take another period.")
-    if scores.schema["event_time"] != pl.Datetime("us", "UTC"): raise ValueError(f"event_time is {scores.schema['event_time']}: must be Datetime('us', 'UTC').")
-    if scores.schema["is_fraud"] != pl.Boolean: raise ValueError(f"is_fraud is {scores.schema['is_fraud']}: must be Boolean.")
+    for name, kind in (("event_time", pl.Datetime("us", "UTC")), ("is_fraud", pl.Boolean())):
+        if scores.schema[name] != kind: raise ValueError(f"{name} is {scores.schema[name]!r}: must be {kind!r}.")
     for name in ("payment_id", "event_time", "amount", "is_fraud", "score"): _refuse(scores, pl.col(name).is_null(), f"{name} is null")
     for name in ("amount", "score"): _refuse(scores, ~pl.col(name).is_finite(), f"{name} is not finite")
     _refuse(scores, pl.col("payment_id").is_duplicated(), "payment_id is there twice")
     frauds = int(scores["is_fraud"].sum())
     if frauds in (0, len(scores)):
-        raise ValueError(f"{frauds} frauds among {len(scores)} payments: a metric needs both frauds and genuine payments. Take a longer test period.")
-    if scores["payer_id"].null_count() not in (0, len(scores)):
-        raise ValueError(f"payer_id is null in {scores['payer_id'].null_count()} of {len(scores)} rows: must be null in all (no payers) or in none.")
+        raise ValueError(f"{frauds} frauds among {len(scores)} payments: metrics need both kinds. Take a longer test period.")
+    nobody = scores["payer_id"].null_count()
+    if nobody not in (0, len(scores)):
+        raise ValueError(f"payer_id is null in {nobody} of {len(scores)} rows: must be null in all (no payers) or in none.")
     return scores
 
 def _refuse(scores: pl.DataFrame, rule: pl.Expr, what: str):
     bad = scores.filter(rule)
-    if len(bad): raise ValueError(f"{what} in {len(bad)} of {len(scores)} rows, first in payment '{bad['payment_id'][0]}'. Mend or leave out such rows first.")
+    if bad.is_empty(): return
+    raise ValueError(f"{what} in {len(bad)} of {len(scores)} rows, first in payment '{bad['payment_id'][0]}'. Mend or drop such rows.")
 
 # %% ../../nbs/50_evaluation/00_metrics.ipynb #64fad688
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,7 @@ def _at_least_one(count: int, name: str) -> int:
     if count < 1: raise ValueError(f"{name} = {count}: must be 1 or more.")
     return count
 
-# %% ../../nbs/50_evaluation/00_metrics.ipynb #d30c9fee
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #1bbd17dc
 @checked
 def card_precision(scores: pl.DataFrame | Ranked, k: int = 100, weights: Weights = None) -> float:
     """Card precision@k, 0 to 1: mean over UTC days of (compromised payers among the day's k) / k.
@@ -143,10 +146,11 @@ def card_precision(scores: pl.DataFrame | Ranked, k: int = 100, weights: Weights
     Source: Le Borgne et al., Reproducible Machine Learning for Credit Card Fraud Detection, chapter 4 (card precision top-k)."""
     r, k = rank(scores), _at_least_one(k, "k")
     if not r.payers: raise ValueError("card precision needs payers, and payer_id is null: use precision_at_budget, which counts payments.")
-    alive = np.ones(r.cluster.max() + 1)
-    if weights is not None: alive[r.cluster] = weights
-    daily = []
+    alive = np.zeros(r.cluster.max() + 1)
+    alive[r.cluster] = 1 if weights is None else weights
+    daily, copies = [], alive.copy()
     for payer, fraud in r.cards:
+        if not copies[payer].any(): continue
         cards = alive[payer]
         called = np.clip(k - (np.cumsum(cards) - cards), 0, cards)
         alive[payer] -= called * fraud
@@ -162,10 +166,10 @@ def alerted(r: Ranked, budget: int, weights: np.ndarray | None = None) -> tuple[
     before = np.concatenate([[0.0], np.cumsum(counts)])
     return counts, np.clip(budget - (before[:-1] - before[start]), 0, counts)
 
-# %% ../../nbs/50_evaluation/00_metrics.ipynb #385104f5
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #48be6a6d
 @checked
 def precision_at_budget(scores: pl.DataFrame | Ranked, budget: int = 100, weights: Weights = None) -> float:
-    "Frauds among the alerts / alerts, 0 to 1, over all days; alerts are each UTC day's `budget` payments of highest score (or all, if fewer)."
+    "Frauds among the alerts / alerts, 0 to 1, over all days; alerts: each UTC day's `budget` payments of highest score (or all, if fewer)."
     r = rank(scores)
     _, alerts = alerted(r, budget, weights)
     return float((alerts * r.fraud[r.queue[0]]).sum() / alerts.sum())
@@ -196,21 +200,33 @@ def value_detected(scores: pl.DataFrame | Ranked, false_positive_ratio: float = 
     allowed = np.searchsorted(alerts, false_positive_ratio * alerts[-1] * (1 + 1e-12), side="right")
     return float(lost[:r.ends[allowed - 1] + 1].sum() / lost.sum()) if allowed else 0.0
 
-# %% ../../nbs/50_evaluation/00_metrics.ipynb #9283ca3c
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #37d7128d
+def probabilities(r: Ranked) -> Ranked:
+    "What was given; `ValueError` where a score is no probability."
+    if 0 <= r.score[-1] and r.score[0] <= 1: return r
+    raise ValueError(f"scores go from {r.score[-1]:.3g} to {r.score[0]:.3g}: must be probabilities, 0 to 1.")
+
+def equal_mass(
+    r: Ranked,
+    mass: np.ndarray,  # `[B]`, none negative
+    bins: int,
+) -> np.ndarray:
+    "`[B]` bins of equal mass, from the highest scores down; payments of one score share the bin in which their middle lies."
+    upto = np.cumsum(mass)[r.ends]
+    middle = upto - np.diff(upto, prepend=0.0) / 2
+    return np.repeat(np.minimum(middle / upto[-1] * bins, bins - 1).astype(np.int64), np.diff(r.ends, prepend=-1))
+
+# %% ../../nbs/50_evaluation/00_metrics.ipynb #137b77ba
 @checked
 def ece(scores: pl.DataFrame | Ranked, bins: int = 15, weights: Weights = None) -> float:
     """Expected calibration error, 0 to 1: sum over bins of share of payments · |share of frauds − mean score|.
 
-    Bins hold equal numbers of payments; payments of one score share the bin in which their middle lies. `ValueError` for scores outside 0 to 1.
+    Bins hold equal numbers of payments (`equal_mass`). `ValueError` for scores outside 0 to 1.
     Source: Nixon et al., Measuring Calibration in Deep Learning, 2019 (adaptive bins); Guo et al., 2017."""
-    r = rank(scores)
-    if r.score[0] > 1 or r.score[-1] < 0: raise ValueError(f"scores go from {r.score[-1]:.3g} to {r.score[0]:.3g}: calibration is of probabilities, 0 to 1.")
+    r = probabilities(rank(scores))
     counts = np.ones(len(r)) if weights is None else weights
-    mass = np.cumsum(counts)
-    each = np.diff(mass[r.ends], prepend=0.0)
-    surplus = np.diff(np.cumsum(counts * (r.fraud - r.score))[r.ends], prepend=0.0)
-    number = np.minimum((mass[r.ends] - each / 2) / mass[-1] * bins, bins - 1).astype(np.int64)
-    return float(np.abs(np.bincount(number, surplus)).sum() / mass[-1])
+    surplus = np.bincount(equal_mass(r, counts, bins), counts * (r.fraud - r.score))
+    return float(np.abs(surplus).sum() / counts.sum())
 
 # %% ../../nbs/50_evaluation/00_metrics.ipynb #cd04a0f9
 metrics: dict[str, Callable[..., float]] = {

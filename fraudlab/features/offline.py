@@ -29,7 +29,7 @@ class _Entity:
         result[self.order] = total[np.searchsorted(keys[by_key], self.query[self.order], "right")]
         return result
 
-# %% ../../nbs/20_features/10_offline.ipynb #fb2de627
+# %% ../../nbs/20_features/10_offline.ipynb #00481919
 def _visible(entity: _Entity, window: Window, weights: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
     "[M] sum of `weights` over the events in each row's window; with `known` (microseconds), over those known before the row only."
     events = np.arange(entity.n) if known is None else np.flatnonzero(known < NEVER)
@@ -38,7 +38,7 @@ def _visible(entity: _Entity, window: Window, weights: np.ndarray, known: np.nda
     if known is not None: enter = np.minimum(np.maximum(enter, known[events]), leave)   # known after it left: never seen
     side = "right" if window.closed == "left" else "left"
     position = np.searchsorted(entity.times, enter, side)
-    if window.closed == "right" and known is None and not window.delay_days: position = events   # itself, not later ties
+    if window.closed == "right": position = np.maximum(position, events)   # from itself on, not from the first at its instant
     return entity.passed(position, weights[events], events) - entity.passed(np.searchsorted(entity.times, leave, side), weights[events], events)
 
 # %% ../../nbs/20_features/10_offline.ipynb #dc7cf56f

@@ -132,12 +132,12 @@ def from_dict(plain: dict) -> Model:
     refuse_unknown(plain["options"], [f.name for f in fields(kind) if f.name != "columns"], f"option of model '{plain['name']}'")
     return kind(Encoding.from_dict(plain["columns"]).columns, **plain["options"])
 
-# %% ../../nbs/30_models/00_contract.ipynb #ca026a02
+# %% ../../nbs/30_models/00_contract.ipynb #78138d0c
 def save(folder: Path, model: Model, weights: Weights) -> None:
     "Write `model.json` and `weights.safetensors` into `folder`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}, folder / "weights.safetensors")
+    save_file({k: np.asarray(v, order="C") for k, v in sorted(weights.items())}, folder / "weights.safetensors")
     (folder / "model.json").write_text(json.dumps(to_dict(model), indent=1) + "\n")
 
 def load(folder: Path) -> tuple[Model, Weights]:
@@ -147,13 +147,13 @@ def load(folder: Path) -> tuple[Model, Weights]:
             raise FileNotFoundError(f"{folder} has no {name}: it is no folder of a saved model. Give one that fraudlab.models.contract.save wrote.")
     return from_dict(json.loads((Path(folder) / "model.json").read_text())), load_file(Path(folder) / "weights.safetensors")
 
-# %% ../../nbs/30_models/00_contract.ipynb #bd195c74
+# %% ../../nbs/30_models/00_contract.ipynb #1eb91618
 def weights_hash(weights: Weights) -> str:
     "SHA-256, as hexadecimal text, of all keys, types, shapes and bytes."
     digest = hashlib.sha256()
     for key in sorted(weights):
-        array = np.ascontiguousarray(weights[key])
-        digest.update(f"{key} {array.dtype} {weights[key].shape};".encode() + array.tobytes())
+        array = np.asarray(weights[key])
+        digest.update(f"{key} {array.dtype} {array.shape};".encode() + array.tobytes())
     return digest.hexdigest()
 
 def parameters(weights: Weights) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['BUCKETS', 'PLATFORMS', 'CARD', 'WEIGHTS', 'FORMAT', 'payment_type', 'export_score', 'write', 'Bundle', 'load',
            'example']
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #b006af1b
+# %% ../../nbs/70_serving/00_bundle.ipynb #9a846c4f
 import hashlib
 import json
 import os
@@ -19,64 +19,70 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import msgspec
 import numpy as np
-from jax import export
 from msgspec import Meta
 from safetensors import numpy as safetensors
 
 from ..core.runs import write_json
-from ..data.contract import EARLIEST, LARGEST, LATEST, Field
+from ..data.contract import LARGEST, Field
 from ..features.sequences import Inputs
 from ..governance.signing import Refused, sign, verify
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #99bddbf6
-def _text(about: str, **rules): return Annotated[str, Meta(description=about, **rules)]
-
-_ID = {"min_length": 1, "max_length": 256}
-_CORE = {
-    "payment_id": _text("The caller's name for the payment. Sent again, the payment gets its score again and is not counted twice.", **_ID),
-    "event_time": Annotated[datetime, Meta(tz=True, description="When it was made: RFC 3339 with a zone, 1970 to 2199; microseconds count.")],
-    "payer_id": _text("Card, account or customer that pays.", **_ID),
-    "payee_id": _text("Merchant, terminal or account that is paid.", **_ID),
-    "amount": Annotated[float, Meta(ge=0, le=LARGEST, description="In units of the currency, with at most 4 decimals.")],
-    "currency": _text("ISO 4217: three capital letters.", pattern="^[A-Z]{3}$", min_length=3, max_length=3),
+# %% ../../nbs/70_serving/00_bundle.ipynb #ffa2dbd6
+_ID = Meta(min_length=1, max_length=256)
+_TIME = "a time in RFC 3339 with a zone, such as 2018-08-08T09:30:00Z, from 1970 to 2199"
+_CORE = {  # name: type, rule
+    "payment_id": (Annotated[str, _ID], "text of 1 to 256 characters: the caller's name for the payment"),
+    "event_time": (Annotated[datetime, Meta(tz=True)], _TIME),
+    "payer_id": (Annotated[str, _ID], "text of 1 to 256 characters: the card, account or customer that pays"),
+    "payee_id": (Annotated[str, _ID], "text of 1 to 256 characters: the merchant, terminal or account that is paid"),
+    "amount": (Annotated[float, Meta(ge=0, le=LARGEST)], "a number, 0 to 10^12, with at most 4 decimals, in units of the currency"),
+    "currency": (Annotated[str, Meta(pattern="^[A-Z]{3}$", min_length=3, max_length=3)], "three capital letters, as in ISO 4217"),
 }
-_KINDS = {"categorical": _text("", max_length=1024), "text": _text("", max_length=1024), "numeric": float,
-          "time": Annotated[datetime, Meta(tz=True)], "boolean": bool}
+_KINDS = {
+    "categorical": (Annotated[str, Meta(max_length=1024)], "text of at most 1024 characters"),
+    "text": (Annotated[str, Meta(max_length=1024)], "text of at most 1024 characters"),
+    "numeric": (float, "a number"),
+    "time": (Annotated[datetime, Meta(tz=True)], _TIME),
+    "boolean": (bool, "true or false"),
+}
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #35d18fdc
+# %% ../../nbs/70_serving/00_bundle.ipynb #36abf7f7
 def payment_type(
     fields: Iterable[dict],  # declared fields, as `asdict(Field)`
     entities: bool = True,   # False: payments have no payer_id and payee_id
 ) -> type[msgspec.Struct]:
-    "The type of one payment, strict about names, types and ranges."
-    core = {n: t for n, t in _CORE.items() if entities or n not in ("payer_id", "payee_id")}
+    "The type of one payment, strict about names, types and ranges. The description of a field is its rule."
+    core = {name: Annotated[kind, Meta(description=rule)] for name, (kind, rule) in _CORE.items() if entities or name not in ("payer_id", "payee_id")}
     return msgspec.defstruct("Payment", [*core.items(), *((f["name"], _declared(f)) for f in fields)], forbid_unknown_fields=True, frozen=True, gc=False)
 
 def _declared(field: dict):
-    about = "; ".join(filter(None, (field.get("about"), field.get("unit") and f"in {field['unit']}", field.get("personal") and "personal data")))
-    return Annotated[_KINDS[field["kind"]] | None, Meta(description=f"{about or field['name']} ({field['kind']}; null if unknown).")]
+    kind, rule = _KINDS[field["kind"]]
+    about = ", ".join(filter(None, (field["about"], field["unit"] and f"in {field['unit']}", field["personal"] and "personal data")))
+    return Annotated[kind | None, Meta(description=f"{rule}, or null if unknown" + (about and f": {about}"))]
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #1aca539d
+# %% ../../nbs/70_serving/00_bundle.ipynb #740e9178
 BUCKETS = (1, 8, 64, 256)     # payments at once
 PLATFORMS = ("cpu", "cuda")
 
 @contextmanager
 def _no_locations() -> Iterator[None]:
+    import jax
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try: yield
     finally: jax.config.update("jax_traceback_in_locations_limit", limit)
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #fca6813f
+# %% ../../nbs/70_serving/00_bundle.ipynb #16598474
 def export_score(
     model,                # has `columns`, `history` and `score(weights, inputs)`
     weights: dict,        # arrays by name
     B: int,               # payments at once
 ) -> bytes:
     "The model's scoring function `(weights, rows, history, elapsed, mask) -> float32[B]` as serialised StableHLO."
+    import jax
+    from jax import export
     def score(weights, rows, history, elapsed, mask): return model.score(weights, Inputs(rows, history, elapsed, mask))
     F, T = len(model.columns), model.history
     array = jax.ShapeDtypeStruct
@@ -145,19 +151,20 @@ def _publish(folder: Path, files: dict[str, bytes], card: dict, private_key: str
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #edb2c830
+# %% ../../nbs/70_serving/00_bundle.ipynb #564b324b
 @dataclass(frozen=True, eq=False)
 class Bundle:
     "A verified bundle, in memory."
     folder: Path
     card: dict                       # the content of bundle.json
-    weights: dict[str, jax.Array]    # on the device
+    weights: dict                    # arrays on the device, by name
     functions: dict[int, Callable]   # by bucket: (weights, rows, history, elapsed, mask) -> float32[B]
 
     def __getattr__(self, name: str):
         "Entries of the card are attributes: name, version, model, columns, features, fields, entities, history, buckets, schema, evaluation, lineage."
-        if name in self.card: return self.card[name]
-        raise AttributeError(f"Bundle has no '{name}'; its card has {', '.join(self.card)}.")
+        card = self.__dict__.get("card", {})
+        if name in card: return card[name]
+        raise AttributeError(f"A bundle has no '{name}'; its card has {', '.join(card)}.")
 
     def score(self, inputs: Inputs) -> np.ndarray:
         "Scores `float32[B]` of any number of payments, in buckets."
@@ -187,9 +194,11 @@ class Bundle:
         for B in self.buckets: self.score(Inputs(*(np.zeros((B, *shape), dtype) for shape, dtype in shapes)))
         return time.perf_counter() - start
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #63c6150e
+# %% ../../nbs/70_serving/00_bundle.ipynb #c17fa436
 def load(folder: str | Path, public_key: str | Path) -> Bundle:
     "The bundle in `folder`, if it is whole and signed with the key of `public_key`; raises `Refused`, naming the file, if not."
+    import jax
+    from jax import export
     folder = Path(folder)
     hashes = verify(folder, public_key)
     card = json.loads(_read(folder, CARD, hashes))

@@ -18,7 +18,7 @@ from ..features.online import event, features_at, microseconds
 from ..features.sequences import Inputs
 from .state import StateStore, append_history, report
 
-# %% ../../nbs/70_serving/20_scorer.ipynb #061acb25
+# %% ../../nbs/70_serving/20_scorer.ipynb #198ae7fe
 class Conflict(ValueError):
     "A payment whose id was used for another payment."
 
@@ -47,21 +47,21 @@ class Scorer:
     def _see(self, p: dict) -> Inputs:
         "What the model sees of one payment, which is then remembered. A payment that was seen before is not counted twice."
         time, T = microseconds(p["event_time"]), self.bundle.history
-        known, store, new = self._known(p, time), self.store, event(time, p["amount"])
-        ids = {"payer": p["payer_id"], "payee": p["payee_id"]}
+        ids = {"payer": p["payer_id"] or "", "payee": p["payee_id"] or ""}   # data without entities has neither
+        known, store, new = self._known(p["payment_id"], (time, *ids.values())), self.store, event(time, p["amount"])
         needed = [e for e in ids if store.horizons[e] >= 0]
         events = {e: store.events(e, ids[e]) if known else store.add_event(e, ids[e], new) for e in needed}
         row = self.encoding.encode_one(p | features_at(self.features, p["event_time"], events))
-        past = store.past(p["payer_id"]) if T else np.empty(0, store.dtype)
+        past = store.past(ids["payer"]) if T else np.empty(0, store.dtype)
         if not known:
-            store.put_payments([(p["payment_id"], time, p["payer_id"], p["payee_id"], NEVER)])
-            if T: store.put_past(p["payer_id"], append_history(past, time, row, T))
+            store.put_payments([(p["payment_id"], time, *ids.values(), NEVER)])
+            if T: store.put_past(ids["payer"], append_history(past, time, row, T))
         return _inputs(row, past[:np.searchsorted(past["time"], time)], time, T)
 
-    def _known(self, p: dict, time: int) -> bool:
-        "Whether the payment was seen before."
-        found = self.store.payment(p["payment_id"])
-        if found and found[:3] != (time, p["payer_id"], p["payee_id"]):
+    def _known(self, payment_id: str, whose: tuple[int, str, str]) -> bool:
+        "Whether the payment was seen before; raises `Conflict` if it was another one."
+        found = self.store.payment(payment_id)
+        if found and found[:3] != whose:
             raise Conflict("payment_id was used before for a payment with another event_time, payer_id or payee_id: give each payment its own id.")
         return found is not None
 

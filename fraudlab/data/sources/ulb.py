@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['START', 'COMPONENTS', 'ulb']
 
-# %% ../../../nbs/10_data/sources/ulb.ipynb #d986c8dd
+# %% ../../../nbs/10_data/sources/ulb.ipynb #20538473
 import polars as pl
 
-from ..contract import TIME, Field, Tables, check, existing_file, instant, need_columns, source
+from ..contract import TIME, Field, Tables, check, existing_file, instant, need_columns, read_parquet, source
 
 # %% ../../../nbs/10_data/sources/ulb.ipynb #18e02124
 START = "2013-09-01"   # nominal
 COMPONENTS = tuple(Field(f"V{i}", "numeric", about=f"principal component {i}, masked by the publisher") for i in range(1, 29))
 
-# %% ../../../nbs/10_data/sources/ulb.ipynb #e2ed13ca
+# %% ../../../nbs/10_data/sources/ulb.ipynb #536f00bd
 @source
 def ulb(
     path: str,  # CSV as published, or Parquet; amounts in euros (Amount) or cents (Amount_cents); relative to the lab's folder
 ) -> Tables:
     "Real card payments of two days in 2013, with masked fields and no entities."
     file = existing_file(path)
-    frame = pl.read_parquet(file) if file.suffix == ".parquet" else pl.read_csv(file, infer_schema_length=None)
+    frame = read_parquet(file) if file.suffix == ".parquet" else pl.read_csv(file, infer_schema_length=None)
     cents, components = "Amount_cents" in frame.columns, [f.name for f in COMPONENTS]
     need_columns(frame, ["Time", *components, "Class", *(() if cents else ("Amount",))], file)
     payments = frame.select(

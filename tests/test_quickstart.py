@@ -1,0 +1,80 @@
+"""The main job, end to end with the real parts: `fraudlab run` on a small world, then again, then on one file that was changed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> dict[str, str]:
+    """Environment of a lab whose runs, data, bundles and keys lie in a temporary folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    return os.environ | {f"FRAUDLAB_{name.upper()}": str(folder / name) for name in ("runs", "data", "registry", "bundles", "keys")}
+
+
+def fraudlab(lab: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run([Path(sys.executable).parent / "fraudlab", *arguments], cwd=ROOT, env=lab, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def results(lab: dict[str, str]) -> dict[str, dict]:
+    found = (json.loads(p.read_text()) for p in sorted(Path(lab["FRAUDLAB_RUNS"]).glob("*/[0-9]*/result.json")))
+    return {f"{r['flow']} {r['outputs'].get('model', '')}".strip(): r for r in found}
+
+
+SMALL = ("-p", "customers=400", "-p", "terminals=2000", "-p", "draws=20", "-p", "epochs=1")
+
+
+@pytest.fixture(scope="module")
+def first(lab) -> str:
+    return fraudlab(lab, "run", "params/pipelines/quickstart.yaml", *SMALL)
+
+
+def test_it_ends_with_a_table_the_notebooks_and_the_line_that_scores(lab, first):
+    for text in ("logistic", "forest", "boosted", "history", "card precision@100", "evaluate.ipynb", "curl -s http://127.0.0.1:3000/v1/score"):
+        assert text in first, first
+
+
+def test_the_names_that_others_read_are_there(lab, first):
+    found = results(lab)
+    assert {"rows", "quarantined", "train_rows", "test_rows"} <= found["prepare"]["metrics"].keys()
+    expected = {f"{model}.{metric}{end}" for model in ("logistic", "forest", "boosted", "history") for metric in ("auc", "ap", "cp100", "ece") for end in ("", ".low", ".high")}
+    assert expected <= found["evaluate"]["metrics"].keys()
+    assert {"flow", "id", "inputs", "parameters", "seed", "revision", "package", "lock", "data", "timings", "metrics"} <= found["train history"].keys()
+
+
+def test_scores_over_http_are_the_offline_scores(lab, first):
+    assert results(lab)["serve"]["metrics"]["parity_max_difference"] <= 1e-5
+
+
+def test_what_is_finished_is_not_run_again(lab, first):
+    before = {name: r["id"] for name, r in results(lab).items()}
+    fraudlab(lab, "run", "params/pipelines/quickstart.yaml", *SMALL)
+    assert {name: r["id"] for name, r in results(lab).items()} == before
+
+
+def test_no_path_of_this_machine_is_in_a_result(lab, first):
+    """Results are copied to docs/results: paths in them are relative to the lab."""
+    for name, result in results(lab).items():
+        outputs = json.dumps(result["outputs"]).replace(lab["FRAUDLAB_RUNS"], "").replace(lab["FRAUDLAB_BUNDLES"], "")
+        assert not re.search(rf"{re.escape(str(ROOT))}|/(home|root)/", outputs), name
+
+
+def test_list_and_doctor_know_what_there_is(lab):
+    listed = fraudlab(lab, "list")
+    for name in ("handbook_file", "mapped", "ulb", "classical", "logistic", "forest", "boosted", "history", "fraud", "prepare", "serve"):
+        assert name in listed
+    assert "papermill" in fraudlab(lab, "doctor")
+
+
+def test_help_is_quick_because_heavy_modules_come_late():
+    code = "import sys, fraudlab.cli; print(*[m for m in ('jax', 'polars', 'flax', 'mlflow', 'papermill', 'bentoml', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

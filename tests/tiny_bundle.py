@@ -1,0 +1,63 @@
+"""A small real model and its signed bundle, for the tests of the service."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fraudlab.data.contract import Field
+from fraudlab.features.definitions import Calendar, FeatureSet, Window
+from fraudlab.features.encoding import Column
+from fraudlab.governance.signing import Keys, create_key
+from fraudlab.serving.bundle import write
+
+FEATURES = FeatureSet(
+    (Calendar("night", "night"), Window("payer_count_7d", "payer", "count", 7.0), Window("payer_mean_7d", "payer", "mean_amount", 7.0))
+)
+FIELDS = (
+    Field("channel", "categorical", about="where it was made"),
+    Field("distance", "numeric", unit="km", about="from the payer's home"),
+    Field("note", "text", personal=True),
+    Field("opened", "time"),
+    Field("abroad", "boolean"),
+)
+COLUMNS = (
+    Column("amount", fill=50.0),
+    *(Column(name) for name in FEATURES.names),
+    Column("distance"),
+    Column("channel", "categorical", ("web", "shop")),
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A logistic model of the payment and the sum of its payer's latest ones."""
+
+    columns: tuple[Column, ...] = COLUMNS
+    history: int = 3
+
+    def score(self, weights, inputs):
+        earlier = jnp.where(inputs.mask, inputs.history @ weights["earlier"], 0).sum(1)
+        return jax.nn.sigmoid(inputs.rows @ weights["now"] + earlier + weights["bias"])
+
+
+def tiny_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {name: random.normal(0, 0.01, len(COLUMNS)).astype(np.float32) for name in ("now", "earlier")} | {
+        "bias": np.array([-2], np.float32)
+    }
+
+
+def tiny_bundle(lab: Path, name: str = "tiny", **changes) -> tuple[Path, Keys]:
+    """A bundle in `lab/bundles`, signed with a key pair in `lab/keys`."""
+    keys = create_key(lab / "keys")
+    parts = {
+        "features": FEATURES.to_dict(),
+        "fields": FIELDS,
+        "evaluation": {"linear.auc": 0.9},
+        "lineage": {"git": "0" * 40},
+        "buckets": (1, 8),
+    }
+    return write(lab / "bundles" / name, Linear(), tiny_weights(), private_key=keys.private, **parts | changes), keys
