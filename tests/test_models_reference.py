@@ -24,7 +24,8 @@ def decoder_by_hand(weights: dict, rows, history, elapsed, mask, heads: int):
         for x, edges in zip(numbers, w["fixed.embed.edges"], strict=True):
             for low, high in zip(edges, edges[1:], strict=False):
                 pieces.append(0.0 if high == low else min(max((x - low) / (high - low), 0.0), 1.0))
-        token = np.array(pieces) @ w["embed.pieces.kernel"] + w["embed.pieces.bias"]
+        scaled = np.clip((np.array(numbers) - w["fixed.embed.mean"]) / w["fixed.embed.deviation"], -5, 5)
+        token = np.array(pieces) @ w["embed.pieces.kernel"] + w["embed.pieces.bias"] + scaled @ w["embed.whole.kernel"]
         tokens.append(token + w["embed.tables.0.embedding"][int(payment[2])])
     x = np.array(tokens)
     x[-1] += w["scored"]
@@ -95,7 +96,7 @@ def handbook():
     return np.column_stack([amount, features]).astype(np.float32), fraud, np.flatnonzero((day >= start) & (day < start + 7)), np.concatenate(tests)
 
 
-@pytest.mark.parametrize(("name", "auc", "ap"), [("forest", 0.867, 0.658), ("boosted", BOOSTED_AUC, BOOSTED_AP)])
+@pytest.mark.parametrize(("name", "auc", "ap"), [("forest", 0.867, 0.658), ("boosted", 0.873, 0.653)])
 def test_published_figures_are_met(handbook, name, auc, ap):
     """The handbook's random forest, and our boosted trees as they were when their defaults were chosen."""
     from fraudlab.features.encoding import Column

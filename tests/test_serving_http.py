@@ -433,6 +433,14 @@ def test_what_is_sent_never_comes_back(server):
     answers += [post(server, good, key=CANARY), ask(server, "GET", "/v1/model", headers={"authorization": f"Basic {CANARY}"}, key=None)]
     post(server, good | {"payment_id": f"{CANARY}-1"})
     answers.append(post(server, good | {"payment_id": f"{CANARY}-1", "payer_id": f"{CANARY}-2"}))  # a conflict
+    socket = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    }
+    answers.append(ask(server, "GET", f"/{CANARY}", headers=socket))
+    assert answers[-1].status in (403, 404)
     answers += [ask(server, "GET", path) for path in ("/metrics", "/docs.json", "/v1/model")]
     for answer in answers:
         assert CANARY not in answer.body.decode() + str(answer.headers)

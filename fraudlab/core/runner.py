@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'Parameter', 'flow_path', 'flows', 'declared', 'checked', 'parse_assignments', 'inputs_hash', 'FlowError',
            'run_flow', 'tcmalloc', 'library_variables', 'device_variables']
 
-# %% ../../nbs/00_core/40_runner.ipynb #3348f8a0
+# %% ../../nbs/00_core/40_runner.ipynb #7bb9721c
 import ast
 import fcntl
 import io
@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -201,15 +202,22 @@ def _environment(**variables):
     finally:
         for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../../nbs/00_core/40_runner.ipynb #ad098d5b
-def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
-    "Execute the notebook into `folder`; returns seconds by cell and in all."
-    import papermill
+# %% ../../nbs/00_core/40_runner.ipynb #e40ca273
+def _kernel_in(folder: str) -> type:
+    "Kernel manager whose sockets lie in `folder`."
     from jupyter_client import AsyncKernelManager
     from traitlets import default
     class Kernel(AsyncKernelManager):
         @default("transport")
-        def _transport(self): return "ipc"   # sockets that no other user can reach
+        def _transport(self): return "ipc"
+        @default("ip")
+        def _ip(self): return f"{folder}/kernel"
+    return Kernel
+
+# %% ../../nbs/00_core/40_runner.ipynb #51e5c9f4
+def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
+    "Execute the notebook into `folder`; returns seconds by cell and in all."
+    import papermill
     total = sum(c["cell_type"] == "code" for c in json.loads(notebook.read_text())["cells"]) + 1   # papermill adds a cell
     started, done, last = time.perf_counter(), [], [""]
     def show(text):
@@ -220,8 +228,8 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
         progress(len(done) / total, last[0])
     output, tail, s = folder / f"{flow}.ipynb", _Tail(show), settings()
     try:
-        with _environment(FRAUDLAB_RUN=str(folder), FRAUDLAB_ROOT=str(s.root), **device_variables(s.device), **library_variables()):
-            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=Kernel, cwd=str(s.root), progress_bar=False, coalesce_streams=True,
+        with tempfile.TemporaryDirectory() as sockets, _environment(FRAUDLAB_RUN=str(folder), FRAUDLAB_ROOT=str(s.root), **device_variables(s.device), **library_variables()):
+            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel_in(sockets), cwd=str(s.root), progress_bar=False, coalesce_streams=True,
                                        stdout_file=tail, stderr_file=tail, on_cell_executed=lambda cell, cell_index, execute_reply: cell_done(cell, cell_index))
     except Exception as e: raise _failure(flow, output, e) from e
     return {"seconds": round(time.perf_counter() - started, 2), "cells": done}

@@ -69,12 +69,12 @@ def write_manifest(folder: str | Path) -> dict[str, str]:
     write_json(Path(folder, MANIFEST), hashes)
     return hashes
 
-# %% ../../nbs/60_governance/00_signing.ipynb #456db62d
+# %% ../../nbs/60_governance/00_signing.ipynb #5c7bfb16
 def _compare(folder: Path, expected: dict[str, str], found: dict[str, str]):
     "Raise `Refused` for the first name at which `found` is not `expected`."
     for name in sorted(expected.keys() | found.keys()):
         if name not in found: raise Refused(f"{name} is missing from {folder}. Copy the folder again from where it was made.")
-        if name not in expected: raise Refused(f"{name} in {folder} was not signed. Take it out, or sign the folder again if it belongs there.")
+        if name not in expected: raise Refused(f"{name} in {folder} was not signed. Take it out, or sign the folder again with it.")
         if expected[name] != found[name]:
             raise Refused(f"{name} in {folder} has changed: SHA-256 {found[name][:12]}…, not {expected[name][:12]}…. "
                           "Copy the folder again from where it was made.")
@@ -117,14 +117,14 @@ def verify(folder: str | Path, public_key: str | Path) -> dict[str, str]:
     except Exception as e: raise _refusal(folder, public_key, found, e) from None  # of many kinds: it depends on the byte that changed
     return check_manifest(folder)
 
-# %% ../../nbs/60_governance/00_signing.ipynb #92cf59fc
+# %% ../../nbs/60_governance/00_signing.ipynb #92f79a9f
 def _refusal(folder: Path, public_key: Path, found: dict[str, str], error: Exception) -> Refused:
     "Why `folder` is refused, in our words."
     if "Key mismatch" in str(error): return Refused(f"{SIGNATURE} of {folder} was made with another key than {public_key}.")
     if str(error).startswith("Signature mismatch"):  # the signature is good, a file differs
         try: _compare(folder, _listed(folder / SIGNATURE), found)
         except Refused as e: return e
-    return Refused(f"{SIGNATURE} of {folder} has changed, or is not a signature made with the key of {public_key} ({type(error).__name__}).")
+    return Refused(f"{SIGNATURE} of {folder} has changed, or was not made with the key of {public_key} ({type(error).__name__}).")
 
 def _listed(signature: Path) -> dict[str, str]:
     "SHA-256 by name in a signature's payload."

@@ -34,14 +34,15 @@ from .bundle import load
 from .http import check_address, document
 from .scorer import Scorer
 
-# %% ../../nbs/70_serving/40_bento.ipynb #84111249
+# %% ../../nbs/70_serving/40_bento.ipynb #7dfb06e3
 def chosen(
     service: Path,   # folder of service.py
 ) -> tuple[Path, Path]:
     "Bundle to serve, and the public key to check it with; raises `ValueError` if there is none."
     s = settings()
     packed = service / "bundle"
-    if not s.bundle and not packed.is_dir(): raise ValueError("No bundle to serve. Give one: fraudlab serve <bundle>, or set FRAUDLAB_BUNDLE to its folder.")
+    if not s.bundle and not packed.is_dir():
+        raise ValueError("No bundle to serve. Give one: fraudlab serve <bundle>, or set FRAUDLAB_BUNDLE to its folder.")
     own_key = not s.bundle and "FRAUDLAB_PUBLIC_KEY" not in os.environ
     return s.root / (s.bundle or packed), service / "public.pem" if own_key else s.root / s.public_key
 
@@ -49,7 +50,7 @@ def open_scorer(service: Path) -> Scorer:
     "A scorer with the chosen bundle, once it is verified, and the state that goes with it."
     bundle = load(*chosen(service))
     state = Path(settings().root, settings().state or settings().runs / "serve" / f"{bundle.version}.sqlite")
-    state.parent.mkdir(parents=True, exist_ok=True)
+    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds who paid whom
     return Scorer(bundle, state)
 
 # %% ../../nbs/70_serving/40_bento.ipynb #23c607a2
@@ -64,7 +65,7 @@ def check_start(service: Path):
         verify(*chosen(service))
     except (ValueError, OSError) as e: raise SystemExit(str(e)) from None
 
-# %% ../../nbs/70_serving/40_bento.ipynb #8ab7d017
+# %% ../../nbs/70_serving/40_bento.ipynb #35da131d
 def serve_command(
     bundle: str | Path,               # its folder, relative to the lab
     *,
@@ -78,9 +79,13 @@ def serve_command(
     "Command and environment of the service. The API key is taken from the environment: a command line can be read by others."
     s = settings()
     check_address(host, s.api_key)
-    if not (s.root / service / "service.py").exists(): raise FileNotFoundError(f"No service.py in {s.root / service}. Start it from the lab's folder, or set FRAUDLAB_ROOT.")
-    command = [sys.executable, "-m", "bentoml", "serve", "service:Service", "--working-dir", str(s.root / service), "--host", host, "--port", str(port)]
-    given = {"ROOT": s.root, "BUNDLE": s.root / bundle, "PUBLIC_KEY": s.root / (public_key or s.public_key), **({"STATE": s.root / state} if state else {})}
+    folder = s.root / service
+    if not (folder / "service.py").exists():
+        raise FileNotFoundError(f"No service.py in {folder}. Start it from the lab's folder, or set FRAUDLAB_ROOT.")
+    asked = ["--working-dir", str(folder), "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", "service:Service", *asked]
+    given = {"ROOT": s.root, "BUNDLE": s.root / bundle, "PUBLIC_KEY": s.root / (public_key or s.public_key)}
+    if state: given["STATE"] = s.root / state
     own = {"BENTOML_HOME": home or s.runs / "serve" / f"bentoml-{port}", "BENTOML_DO_NOT_TRACK": "True"}
     return command, os.environ | {f"FRAUDLAB_{k}": str(v) for k, v in given.items()} | {k: str(v) for k, v in own.items()}
 
@@ -91,10 +96,11 @@ def serve(bundle: str | Path, **options):
     _check_free(options.get("host", "127.0.0.1"), options.get("port", 3000))
     os.execve(command[0], command, environment)
 
-# %% ../../nbs/70_serving/40_bento.ipynb #a41c30af
+# %% ../../nbs/70_serving/40_bento.ipynb #95bada1f
 def _check_free(host: str, port: int):
     try: socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as e: raise OSError(f"Cannot listen on {host}, port {port}: {e.strerror}. Choose another with --port, or end what holds it.") from None
+    except OSError as e:
+        raise OSError(f"Cannot listen on {host}, port {port}: {e.strerror}. Choose another with --port, or end what holds it.") from None
 
 # %% ../../nbs/70_serving/40_bento.ipynb #dc76b2bd
 @contextmanager
@@ -112,10 +118,10 @@ def started(
         command, environment = serve_command(bundle, port=port, home=home, **options)
         with running(command, environment, f"http://127.0.0.1:{port}", Path(log), patience) as address: yield address
 
-# %% ../../nbs/70_serving/40_bento.ipynb #9e0ee425
+# %% ../../nbs/70_serving/40_bento.ipynb #509f9b17
 @contextmanager
 def running(command: list[str], environment: dict[str, str], address: str, log: Path, patience: float = 60.) -> Iterator[str]:
-    "Run `command` until the end of the block, which starts when `address` is ready; raises `RuntimeError` with what it last printed if that is never."
+    "Run `command` until the end of the block, which starts when `address` is ready; raises `RuntimeError` with the log if it never is."
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -143,13 +149,13 @@ def _stop(process: subprocess.Popen):
         except ProcessLookupError: return process.wait()
         except subprocess.TimeoutExpired: pass
 
-# %% ../../nbs/70_serving/40_bento.ipynb #2a51f000
+# %% ../../nbs/70_serving/40_bento.ipynb #4292290b
 def serving_lock(
     lock: str,                  # text of requirements.lock
     requirements: list[str],    # what the library requires
 ) -> str:
     "Those entries of `lock`, with their hashes, that `requirements` lead to; raises `ValueError` for one that is not locked."
-    entries = {canonicalize_name(re.split(r"[=\s;\[]", e, maxsplit=1)[0]): e for e in re.split(r"\n(?=[A-Za-z0-9])", lock.strip()) if not e.startswith("#")}
+    entries = {canonicalize_name(e.partition("==")[0]): e for e in re.split(r"\n(?=\w)", lock.strip())}
     needed, left = set(), [(Requirement(r), frozenset({""})) for r in requirements]
     seen = set()
     while left:
@@ -177,26 +183,28 @@ def _run(folder: Path, *arguments: str, **environment: str):
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"python {' '.join(arguments[:3])} failed:\n" + (done.stdout + done.stderr)[-2000:])
 
-# %% ../../nbs/70_serving/40_bento.ipynb #c5a49267
+# %% ../../nbs/70_serving/40_bento.ipynb #462ad6ce
 _README = """# fraudlab scorer: {name}
 
-Model `{model}`, bundle version `{version}`, in `src/bundle`. Made with `fraudlab`, whose wheel is in `env/python/wheels`; `env/python/requirements.txt` locks the rest.
+Model `{model}`, bundle version `{version}`, in `src/bundle`. The wheel of `fraudlab` is in `env/python/wheels`;
+`env/python/requirements.txt` locks the rest, with hashes.
 
-    bentoml serve .                                          # answers on 127.0.0.1:3000 only
-    FRAUDLAB_API_KEY=... bentoml serve . --host 0.0.0.0      # refuses to start without a key
-    bentoml containerize scorer:{tag}    # an image; run it with -e BENTOML_HOST=0.0.0.0 -e FRAUDLAB_API_KEY=...
+    bentoml serve .                                       # answers on 127.0.0.1:3000 only
+    FRAUDLAB_API_KEY=... bentoml serve . --host 0.0.0.0   # refuses to start without a key
+    bentoml containerize scorer:{tag}   # run the image with -e BENTOML_HOST=0.0.0.0 -e FRAUDLAB_API_KEY=...
 
 Set `FRAUDLAB_STATE` to a file on a disk that outlives the service: it holds what the service remembers of payers and payees.
 """
 
 def _bentofile(bundle, wheel: Path) -> dict:
     "BentoML's build options."
-    return {"service": "service:Service", "name": "scorer", "description": "file:README.md", "include": ["*"], "exclude": ["wheels/", "requirements.txt"],
+    return {"service": "service:Service", "name": "scorer", "description": "file:README.md",
+            "include": ["*"], "exclude": ["wheels/", "requirements.txt"],
             "labels": {"bundle": bundle.name, "bundle_version": bundle.version, "model": bundle.model["name"]},
             "envs": [{"name": "BENTOML_DO_NOT_TRACK", "value": "True"}],
             "python": {"requirements_txt": "requirements.txt", "wheels": [f"wheels/{wheel.name}"], "lock_packages": False}}
 
-# %% ../../nbs/70_serving/40_bento.ipynb #f9fbd9e6
+# %% ../../nbs/70_serving/40_bento.ipynb #c0573e2c
 def package_bento(
     bundle: str | Path,            # its folder, relative to the lab
     *,
@@ -207,7 +215,8 @@ def package_bento(
     "Build a bento with the service, the bundle, this library and its lock; returns its folder."
     s = settings()
     key, home, folder = s.root / (public_key or s.public_key), s.root / (home or s.registry / "bentoml"), s.root / bundle
-    if not (s.root / "pyproject.toml").exists(): raise FileNotFoundError(f"No pyproject.toml in {s.root}: a bento is packed from a copy of the project.")
+    if not (s.root / "pyproject.toml").exists():
+        raise FileNotFoundError(f"No pyproject.toml in {s.root}: a bento is packed from a copy of the project.")
     loaded, lock = load(folder, key), (s.root / "requirements.lock").read_text()
     tag = f"{loaded.version}-{text_hash(package_hash() + lock)[:8]}"
     bento = home / "bentos" / "scorer" / tag

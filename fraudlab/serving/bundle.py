@@ -48,14 +48,16 @@ _KINDS = {
     "boolean": (bool, "true or false"),
 }
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #36abf7f7
+# %% ../../nbs/70_serving/00_bundle.ipynb #63fc6981
 def payment_type(
     fields: Iterable[dict],  # declared fields, as `asdict(Field)`
     entities: bool = True,   # False: payments have no payer_id and payee_id
 ) -> type[msgspec.Struct]:
     "The type of one payment, strict about names, types and ranges. The description of a field is its rule."
-    core = {name: Annotated[kind, Meta(description=rule)] for name, (kind, rule) in _CORE.items() if entities or name not in ("payer_id", "payee_id")}
-    return msgspec.defstruct("Payment", [*core.items(), *((f["name"], _declared(f)) for f in fields)], forbid_unknown_fields=True, frozen=True, gc=False)
+    absent = () if entities else ("payer_id", "payee_id")
+    core = [(name, Annotated[kind, Meta(description=rule)]) for name, (kind, rule) in _CORE.items() if name not in absent]
+    declared = [(f["name"], _declared(f)) for f in fields]
+    return msgspec.defstruct("Payment", core + declared, forbid_unknown_fields=True, frozen=True, gc=False)
 
 def _declared(field: dict):
     kind, rule = _KINDS[field["kind"]]
@@ -74,7 +76,7 @@ def _no_locations() -> Iterator[None]:
     try: yield
     finally: jax.config.update("jax_traceback_in_locations_limit", limit)
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #16598474
+# %% ../../nbs/70_serving/00_bundle.ipynb #f53a119d
 def export_score(
     model,                # has `columns`, `history` and `score(weights, inputs)`
     weights: dict,        # arrays by name
@@ -90,10 +92,11 @@ def export_score(
     with _no_locations():
         exported = export.export(jax.jit(score), platforms=PLATFORMS)({k: array(w.shape, w.dtype) for k, w in weights.items()}, *inputs)
     (out,) = exported.out_avals
-    if (out.shape, out.dtype) != ((B,), np.float32): raise ValueError(f"{type(model).__name__}.score gives {out}; it must give float32[{B}].")
+    if (out.shape, out.dtype) != ((B,), np.float32):
+        raise ValueError(f"{type(model).__name__}.score gives {out}; it must give float32[{B}].")
     return bytes(exported.serialize())
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #0becce7d
+# %% ../../nbs/70_serving/00_bundle.ipynb #ba1ad18d
 CARD, WEIGHTS, FORMAT = "bundle.json", "weights.safetensors", 1
 
 def write(
@@ -111,7 +114,8 @@ def write(
 ) -> Path:
     "Write and sign a bundle; returns its folder."
     folder = Path(folder)
-    if folder.exists(): raise FileExistsError(f"{folder} exists, and a bundle is never changed. Choose another name, or delete it if nothing uses it.")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists, and a bundle is never changed. Choose another name, or delete it if nothing uses it.")
     weights = {name: _weight(name, w) for name, w in sorted(weights.items())}
     files = {WEIGHTS: safetensors.save(weights)} | {f"score_{B}.stablehlo": export_score(model, weights, B) for B in buckets}
     card = {"format": FORMAT, "name": folder.name, "model": _describe(model, weights), "history": model.history, "buckets": sorted(buckets),
@@ -121,11 +125,11 @@ def write(
     card |= {"version": _version(files, card), "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     return _publish(folder, files, card, private_key)
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #e93d41ea
+# %% ../../nbs/70_serving/00_bundle.ipynb #2140081a
 def _weight(name: str, value) -> np.ndarray:
     value = np.ascontiguousarray(value)
     if value.dtype.kind not in "fiub" or value.dtype.itemsize > 4:
-        raise ValueError(f"Weight '{name}' is {value.dtype}; the service computes with at most 32 bits a number: cast it when it is fitted.")
+        raise ValueError(f"Weight '{name}' is {value.dtype}; the service computes with at most 32 bits a number: cast it after fitting.")
     return value
 
 def _describe(model, weights: dict[str, np.ndarray]) -> dict:
@@ -151,7 +155,7 @@ def _publish(folder: Path, files: dict[str, bytes], card: dict, private_key: str
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #564b324b
+# %% ../../nbs/70_serving/00_bundle.ipynb #45162335
 @dataclass(frozen=True, eq=False)
 class Bundle:
     "A verified bundle, in memory."
@@ -161,7 +165,7 @@ class Bundle:
     functions: dict[int, Callable]   # by bucket: (weights, rows, history, elapsed, mask) -> float32[B]
 
     def __getattr__(self, name: str):
-        "Entries of the card are attributes: name, version, model, columns, features, fields, entities, history, buckets, schema, evaluation, lineage."
+        "Entries of the card are attributes too: `bundle.version`, `bundle.columns` …"
         card = self.__dict__.get("card", {})
         if name in card: return card[name]
         raise AttributeError(f"A bundle has no '{name}'; its card has {', '.join(card)}.")
@@ -185,7 +189,8 @@ class Bundle:
     def _check(self, inputs: Inputs):
         F, T = len(self.columns), self.history
         if inputs.rows.shape[1:] != (F,) or inputs.history.shape[1:] != (T, F):
-            raise ValueError(f"Bundle {self.name} reads rows [B, {F}] and a history [B, {T}, {F}]; got {inputs.rows.shape} and {inputs.history.shape}.")
+            raise ValueError(f"Bundle {self.name} reads rows [B, {F}] and a history [B, {T}, {F}]; "
+                             f"got {inputs.rows.shape} and {inputs.history.shape}.")
 
     def warm(self) -> float:
         "Compile every bucket, so that no payment waits for it; returns the seconds it took."
@@ -194,7 +199,7 @@ class Bundle:
         for B in self.buckets: self.score(Inputs(*(np.zeros((B, *shape), dtype) for shape, dtype in shapes)))
         return time.perf_counter() - start
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #c17fa436
+# %% ../../nbs/70_serving/00_bundle.ipynb #4c792a8a
 def load(folder: str | Path, public_key: str | Path) -> Bundle:
     "The bundle in `folder`, if it is whole and signed with the key of `public_key`; raises `Refused`, naming the file, if not."
     import jax
@@ -202,7 +207,8 @@ def load(folder: str | Path, public_key: str | Path) -> Bundle:
     folder = Path(folder)
     hashes = verify(folder, public_key)
     card = json.loads(_read(folder, CARD, hashes))
-    if card["format"] != FORMAT: raise Refused(f"{CARD} of {folder} has format {card['format']}; this fraudlab reads format {FORMAT}. Write the bundle again.")
+    if card["format"] != FORMAT:
+        raise Refused(f"{CARD} of {folder} has format {card['format']}; this fraudlab reads format {FORMAT}. Write the bundle again.")
     programs = {B: export.deserialize(bytearray(_read(folder, f"score_{B}.stablehlo", hashes))) for B in card["buckets"]}
     weights = jax.device_put(safetensors.load(_read(folder, WEIGHTS, hashes)))
     return Bundle(folder, card, weights, {B: jax.jit(p.call) for B, p in programs.items()})
@@ -212,10 +218,11 @@ def _read(folder: Path, name: str, hashes: dict[str, str]) -> bytes:
     if hashlib.sha256(content).hexdigest() != hashes[name]: raise Refused(f"{name} in {folder} changed while it was read.")
     return content
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #cfb13acf
+# %% ../../nbs/70_serving/00_bundle.ipynb #b22955ee
 def example(bundle: Bundle) -> dict:
     "A payment as a caller would send it, with values that the model knows."
     known = {c["name"]: c["fill"] if c["kind"] == "numeric" else next(iter(c["vocabulary"]), None) for c in bundle.columns}
     ids = {"payer_id": "example-payer", "payee_id": "example-payee"} if bundle.entities else {}
-    declared = {f["name"]: None if f["personal"] or f["kind"] not in ("numeric", "categorical") else known.get(f["name"]) for f in bundle.fields}
+    shown = [f["name"] for f in bundle.fields if f["kind"] in ("numeric", "categorical") and not f["personal"]]
+    declared = {f["name"]: known.get(f["name"]) if f["name"] in shown else None for f in bundle.fields}
     return {"payment_id": "example-1", "event_time": bundle.created, **ids, "amount": 57.16, "currency": "EUR", **declared}

@@ -125,8 +125,9 @@ def _once(pairs: list[tuple]):
     "Refuse a name that is in an object twice."
     if len(dict(pairs)) < len(pairs): raise Problem(422, "repeated_field", "A field is in a payment twice: send each field once.")
 
-# %% ../../nbs/70_serving/30_http.ipynb #32c1e4be
-_TYPES = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "null": "null", "object": "an object", "array": "a list"}
+# %% ../../nbs/70_serving/30_http.ipynb #dd625c41
+_TYPES = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "null": "null", "object": "an object",
+          "array": "a list"}
 
 def _translated(error: Exception, rules: dict[str, str], limits: Limits) -> Problem:
     "`Problem` for what the decoder raised."
@@ -168,7 +169,7 @@ def application(
     app.state.scorer = None
     return app
 
-# %% ../../nbs/70_serving/30_http.ipynb #a04e6238
+# %% ../../nbs/70_serving/30_http.ipynb #45df3209
 async def _start(app: Starlette, load: Callable, limits: Limits, secured: bool):
     try:
         scorer = await asyncio.to_thread(load)
@@ -183,8 +184,8 @@ async def _start(app: Starlette, load: Callable, limits: Limits, secured: bool):
 
 def _ready(request: Request):
     "State of the application, once it is ready."
-    if request.app.state.scorer is None: raise Problem(503, "not_ready", "The service is starting, or its bundle was refused: its log says which.", retry_after="1")
-    return request.app.state
+    if request.app.state.scorer is not None: return request.app.state
+    raise Problem(503, "not_ready", "The service is starting, or its bundle was refused: its log says which.", retry_after="1")
 
 # %% ../../nbs/70_serving/30_http.ipynb #4282cbc4
 class Score(msgspec.Struct):
@@ -242,12 +243,14 @@ ROUTES = {  # path: method, summary
 }
 OPEN = ("/livez", "/readyz")  # need no key
 
-# %% ../../nbs/70_serving/30_http.ipynb #37b3f84e
+# %% ../../nbs/70_serving/30_http.ipynb #04cad3e9
 _STATUS = {
-    400: "Not JSON (`malformed_json`)", 401: "No API key, or a wrong one (`unauthorized`)", 403: "The service has no key and was not called locally (`no_key`)",
-    408: "The body came too slowly (`too_slow`)", 409: "The payment_id belongs to another payment (`conflict`)", 413: "The body is too large (`too_large`)",
+    400: "Not JSON, or not all of it (`malformed_json`, `incomplete`)", 401: "No API key, or a wrong one (`unauthorized`)",
+    403: "The service has no key and was not called locally (`no_key`)", 408: "The body came too slowly (`too_slow`)",
+    409: "The payment_id belongs to another payment (`conflict`)", 413: "The body is too large (`too_large`)",
     415: "Not application/json (`unsupported_media_type`)", 500: "The service failed (`internal`)", 503: "Not ready yet (`not_ready`)",
-    422: "A rule is broken, at `error.field`: `missing_field`, `unknown_field`, `repeated_field`, `wrong_type`, `invalid_value`, `list_length`, `repeated_payment`",
+    422: "A rule is broken, at `error.field`: `missing_field`, `unknown_field`, `repeated_field`, `wrong_type`, `invalid_value`, "
+         "`list_length`, `repeated_payment`",
 }
 
 def _refusals(*statuses: int) -> dict:
@@ -259,21 +262,22 @@ def _either(name: str, limits: Limits) -> dict:
     one = {"$ref": f"#/components/schemas/{name}"}
     return {"oneOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": limits.payments}]}
 
-# %% ../../nbs/70_serving/30_http.ipynb #b9355fa3
-_RULES = ("A body of at most {limits.body} bytes, a list of at most {limits.payments} payments. Payments are scored in the order in which they come; each is remembered, "
-          "and seen by the later payments of its payer and payee. Beyond the schema: an amount has at most 4 decimals, a time is from 1970 to 2199, "
-          "no field comes twice, and a payment_id only once in a list.")
+# %% ../../nbs/70_serving/30_http.ipynb #67548300
+_RULES = ("A body of at most {limits.body} bytes, a list of at most {limits.payments} payments. Payments are scored in the order in which "
+          "they come; each is remembered, and seen by the later payments of its payer and payee. Beyond the schema: an amount has at most "
+          "4 decimals, a time is from 1970 to 2199, no field comes twice, and a payment_id only once in a list.")
 _KEYS = {"header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}, "bearer": {"type": "http", "scheme": "bearer"},
          "basic": {"type": "http", "scheme": "basic", "description": "Any name, the key as password: what a browser asks for"}}
 
 def _name(path: str) -> str: return path.strip("/").replace("/", "_").replace(".", "_").replace("-", "_") or "page"
-def _tag(path: str) -> str: return "score" if path.startswith("/v1") else "operation" if path in ("/livez", "/readyz", "/metrics") else "documentation"
+def _tag(path: str) -> str:
+    return "score" if path.startswith("/v1") else "operation" if path in (*OPEN, "/metrics") else "documentation"
 
 def _about(bundle: Bundle, secured: bool) -> str:
     key = "Callers need an API key." if secured else "No API key is set: only callers on the same machine are answered."
     return f"Scores payments with the model `{bundle.model['name']}`, bundle version `{bundle.version}` of {bundle.created}. {key}"
 
-# %% ../../nbs/70_serving/30_http.ipynb #29655cde
+# %% ../../nbs/70_serving/30_http.ipynb #4c754c8f
 def _results(limits: Limits) -> dict[str, dict]:
     "Answers by path and status, without those of the guard."
     text = {"type": "string"}
@@ -281,13 +285,14 @@ def _results(limits: Limits) -> dict[str, dict]:
     late = {"description": "BentoML ended the request", "content": _content({"type": "object", "properties": {"error": text}})}
     kinds = {"/": "text/html", _ASSETS[0]: "text/css", _ASSETS[1]: "text/javascript"}
     return {path: ok("OK", text, kinds.get(path, "text/plain")) for path in ROUTES} | {
-        "/v1/score": ok("In the order of the payments", _either("Score", limits)) | _refusals(400, 408, 409, 413, 415, 422, 500, 503) | {"504": late},
+        "/v1/score": ok("In the order of the payments", _either("Score", limits)) | {"504": late}
+                     | _refusals(400, 408, 409, 413, 415, 422, 500, 503),
         "/v1/model": ok("The card", {"$ref": "#/components/schemas/Model"}) | _refusals(503),
         "/docs.json": ok("OpenAPI 3.1", {"type": "object"}) | _refusals(503),
         "/readyz": ok("Ready", text, "text/plain") | {"503": {"description": "Not yet", "content": _content(text, "text/plain")}},
     }
 
-# %% ../../nbs/70_serving/30_http.ipynb #52168ce6
+# %% ../../nbs/70_serving/30_http.ipynb #6377d303
 def document(bundle: Bundle, limits: Limits = Limits(), secured: bool = False) -> dict:
     "The OpenAPI 3.1 document of the service with `bundle`."
     types = [payment_type(bundle.fields, bundle.entities), Score, Model, Refusal]
@@ -298,28 +303,31 @@ def document(bundle: Bundle, limits: Limits = Limits(), secured: bool = False) -
         denied = {} if free else _refusals(401 if secured else 403)
         operation = {"summary": about, "operationId": _name(path), "tags": [_tag(path)], "responses": results[path] | denied}
         paths[path] = {method.lower(): operation | ({"security": []} if free else {})}
-    paths["/v1/score"]["post"] |= {"description": _RULES.format(limits=limits),
-                                   "requestBody": {"required": True, "content": _content(_either("Payment", limits), example=example(bundle))}}
+    body = _content(_either("Payment", limits), example=example(bundle))
+    paths["/v1/score"]["post"] |= {"description": _RULES.format(limits=limits), "requestBody": {"required": True, "content": body}}
     info = {"title": f"fraudlab: {bundle.name}", "version": bundle.version, "description": _about(bundle, secured)}
     keys = {"security": [{name: []} for name in _KEYS]} if secured else {}
     components = {"schemas": schemas, **({"securitySchemes": _KEYS} if secured else {})}
     return {"openapi": "3.1.0", "info": info, "servers": [{"url": "/"}], "paths": paths, "components": components, **keys}
 
-# %% ../../nbs/70_serving/30_http.ipynb #214b0574
-_SCRIPT = 'SwaggerUIBundle({url: "docs.json", dom_id: "#page", deepLinking: true, defaultModelsExpandDepth: 0, docExpansion: "list", tryItOutEnabled: true})'
+# %% ../../nbs/70_serving/30_http.ipynb #decbd253
+_SCRIPT = 'SwaggerUIBundle({url: "docs.json", dom_id: "#page", deepLinking: true, defaultModelsExpandDepth: 0, tryItOutEnabled: true})'
 _PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fraudlab</title><link rel="icon" href="data:,">
 <link rel="stylesheet" href="static_content/swagger-ui.css"></head>
 <body style="margin:0"><noscript>This page needs JavaScript. The same as a document: <a href="docs.json">docs.json</a>.</noscript>
 <div id="page"></div><script src="static_content/swagger-ui-bundle.js"></script><script>{_SCRIPT}</script></body></html>"""
-_POLICY = ("default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
-           f"script-src 'self' 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}'")
+_SHA = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+_POLICY = (f"default-src 'none'; script-src 'self' 'sha256-{_SHA}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+           "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
 
-async def _document(request: Request) -> Response: return Response(_ready(request).document, 200, {"cache-control": "no-store"}, "application/json")
+async def _document(request: Request) -> Response:
+    return Response(_ready(request).document, 200, {"cache-control": "no-store"}, "application/json")
 
-async def _page(request: Request) -> Response: return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
+async def _page(request: Request) -> Response:
+    return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
 
-# %% ../../nbs/70_serving/30_http.ipynb #792c73de
+# %% ../../nbs/70_serving/30_http.ipynb #eec5e62f
 def loopback(host: str | None) -> bool:
     "Whether `host` is this machine, seen from itself."
     if host == "localhost": return True
@@ -331,7 +339,8 @@ def check_address(host: str, api_key: str):
     make = "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))', and set it as FRAUDLAB_API_KEY."
     if api_key and len(api_key) < 16: raise ValueError(f"The API key has {len(api_key)} characters; at least 16 are needed. {make}")
     if not api_key and not loopback(host):
-        raise ValueError(f"Refusing to listen on {host} with no API key: anyone who can reach it could score payments. {make} Or listen on 127.0.0.1.")
+        raise ValueError(f"Refusing to listen on {host} with no API key: anyone who can reach it could score payments. "
+                         f"{make} Or listen on 127.0.0.1.")
 
 # %% ../../nbs/70_serving/30_http.ipynb #983d138b
 def shown_key(headers: Headers) -> str:
@@ -342,7 +351,7 @@ def shown_key(headers: Headers) -> str:
         with suppress(ValueError): return base64.b64decode(value, validate=True).decode().partition(":")[2]
     return headers.get("x-api-key", "")
 
-# %% ../../nbs/70_serving/30_http.ipynb #c838f8f3
+# %% ../../nbs/70_serving/30_http.ipynb #8ddd2afd
 class Guard:
     "ASGI middleware that lets through what is documented, for those who may ask."
 
@@ -357,7 +366,7 @@ class Guard:
     def _problem(self, scope: dict, headers: Headers) -> Problem | None:
         path, method = scope["path"], scope["method"]
         if not self.key and not (loopback((scope.get("server") or [""])[0]) and loopback(_host(headers))):
-            return Problem(403, "no_key", "This service has no API key, so it answers callers on its own machine only, under a loopback address.")
+            return Problem(403, "no_key", "This service has no API key, so it answers callers on its own machine only, at 127.0.0.1.")
         if self.key and path not in OPEN and not hmac.compare_digest(_digest(shown_key(headers)), _digest(self.key)):
             return Problem(401, "unauthorized", "Send the API key in the header X-API-Key.", www_authenticate='Basic realm="fraudlab"')
         if path not in ROUTES: return Problem(404, "not_found", f"There are: {', '.join(ROUTES)}.")
@@ -370,10 +379,10 @@ def _host(headers: Headers) -> str | None:
     try: return urlsplit("//" + headers.get("host", "")).hostname
     except ValueError: return None
 
-# %% ../../nbs/70_serving/30_http.ipynb #036e63e0
+# %% ../../nbs/70_serving/30_http.ipynb #396b6d11
 class KnownPaths:
     "ASGI wrapper under which all undocumented paths are one."
     def __init__(self, app): self.app = app
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "http" and scope["path"] not in ROUTES: scope = scope | {"path": "/unknown", "raw_path": b"/unknown"}
+        if scope["type"] != "lifespan" and scope["path"] not in ROUTES: scope = scope | {"path": "/unknown", "raw_path": b"/unknown"}
         await self.app(scope, receive, send)

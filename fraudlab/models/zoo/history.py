@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELAPSED', 'Decoder', 'numbers', 'History']
 
-# %% ../../../nbs/30_models/zoo/history.ipynb #f3494f6f
+# %% ../../../nbs/30_models/zoo/history.ipynb #2f097735
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,16 +19,16 @@ from ...core.registry import register
 from ...features.encoding import Column
 from ...features.sequences import Inputs
 from ..contract import Network, Weights
-from ..layers import Block, FieldEmbedding, causal, fit_edges, to_weights, with_weights
+from ..layers import Block, FieldEmbedding, causal, fit_numbers, to_weights, with_weights
 
-# %% ../../../nbs/30_models/zoo/history.ipynb #8fdb6a97
+# %% ../../../nbs/30_models/zoo/history.ipynb #cd191a15
 ELAPSED = Column("log of seconds to the payment to score")
 
 class Decoder(nnx.Module):
     "`Inputs` of `B` payments to log-odds `[B]`."
 
-    def __init__(self, model: "History", edges: np.ndarray, *, rngs: nnx.Rngs):
-        self.embed = FieldEmbedding((*model.columns, ELAPSED), edges, model.width, rngs=rngs)
+    def __init__(self, model: "History", *, rngs: nnx.Rngs):
+        self.embed = FieldEmbedding((*model.columns, ELAPSED), model.pieces, model.width, rngs=rngs)
         self.scored = nnx.Param(nnx.initializers.normal(.02)(rngs.params(), (model.width,)))
         self.blocks = nnx.List([Block(model.width, model.heads, rngs=rngs) for _ in range(model.layers)])
         self.norm = nnx.RMSNorm(model.width, rngs=rngs)
@@ -48,7 +48,7 @@ def numbers(inputs: Inputs) -> Float32[Array, "B T1 F1"]:
     elapsed = jnp.pad(jnp.log1p(inputs.elapsed), ((0, 0), (0, 1)))[..., None]
     return jnp.concatenate([jnp.concatenate([inputs.history, inputs.rows[:, None]], 1), elapsed], 2)
 
-# %% ../../../nbs/30_models/zoo/history.ipynb #7a26ffee
+# %% ../../../nbs/30_models/zoo/history.ipynb #bd6ed9d8
 @register("model")
 @dataclass(frozen=True)
 class History(Network):
@@ -61,19 +61,18 @@ class History(Network):
     pieces: int = 16         # K: intervals in which a number is given
 
     def init(self, inputs: Inputs, seed: int = 0) -> Weights:
-        "Random weights, and edges fitted on `inputs`."
-        numeric = [i for i, c in enumerate(self.columns) if c.kind == "numeric"]
+        "Random weights, and scales and edges fitted on `inputs`."
+        values = [inputs.rows[:, i] for i, c in enumerate(self.columns) if c.kind == "numeric"]
         elapsed = np.log1p(inputs.elapsed[inputs.mask]) if inputs.mask.any() else np.zeros(1)
-        edges = np.concatenate([fit_edges(inputs.rows[:, numeric], self.pieces), fit_edges(elapsed[:, None], self.pieces)])
-        return jax.jit(lambda edges: to_weights(Decoder(self, edges, rngs=nnx.Rngs(seed))))(edges)
+        weights = jax.jit(lambda: to_weights(Decoder(self, rngs=nnx.Rngs(seed))))()
+        return weights | {f"fixed.embed.{key}": value for key, value in fit_numbers([*values, elapsed], self.pieces).items()}
 
     def logits(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B"]:
         "Log-odds of fraud of each payment."
         return with_weights(_blank(self), weights)(inputs)
 
-# %% ../../../nbs/30_models/zoo/history.ipynb #b365dd1a
+# %% ../../../nbs/30_models/zoo/history.ipynb #abb5e88f
 @lru_cache
 def _blank(model: History) -> Decoder:
     "The decoder's shapes, without its numbers."
-    numeric = sum(c.kind == "numeric" for c in model.columns)
-    return nnx.eval_shape(lambda: Decoder(model, jnp.zeros((numeric + 1, model.pieces + 1), jnp.float32), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
