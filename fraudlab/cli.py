@@ -78,17 +78,16 @@ def _watch(step, console):
         yield lambda done, text: bars.update(bar, completed=done, description=text[:width].replace("[", r"\["))
     console.print(f"{step.name:<12} {time.perf_counter() - started:6.1f} s", highlight=False)
 
-# %% ../nbs/cli.ipynb #1d5e675a
+# %% ../nbs/cli.ipynb #3089fa12
 def _summary(runs: dict, console):
-    from fraudlab.core.settings import settings
+    from fraudlab.core.settings import relative
     from fraudlab.evaluation.tables import table
     judged = [run for run in runs.values() if "models" in run.outputs]
     for run in judged:
         by_model = {m: {k.removeprefix(f"{m}."): v for k, v in run.metrics.items() if k.startswith(f"{m}.")} for m in run.outputs["models"]}
         console.print(table(by_model, title=f"Test period: {run.outputs['rows']:,} payments, {run.outputs['frauds']:,} frauds"))
     for name, run in runs.items():
-        folder = run.folder.relative_to(settings().root) if run.folder.is_relative_to(settings().root) else run.folder
-        console.print(f"{name:<12} {folder}/{run.result['flow']}.ipynb", highlight=False, soft_wrap=True)
+        console.print(f"{name:<12} {relative(run.folder)}/{run.result['flow']}.ipynb", highlight=False, soft_wrap=True)
         if "bundle" in run.outputs: console.print(f"{'bundle':<12} {run.outputs['bundle']}", highlight=False, soft_wrap=True)
     for run in runs.values():
         for title, text in run.outputs.get("next", {}).items(): console.print(f"\n[bold]{title}[/bold]\n{text}".replace("[{", r"\[{"), highlight=False, soft_wrap=True)

@@ -39,6 +39,15 @@ def test_a_run_records_what_it_was_made_from_and_is_not_run_again(lab, add_flow)
     assert runner.run_flow("double", {"x": 3, "name": "data.csv"}).id != first.id
 
 
+def test_latest_means_the_run_that_is_latest_now(lab, add_flow):
+    add_flow("double", "x: int = 1", FINISH)
+    add_flow("after", "of: str = 'double/latest'", "from fraudlab.core.runs import finish, read_run\nfinish({'twice': read_run(of).metrics['twice']})")
+    runner.run_flow("double", {"x": 1})
+    first = runner.run_flow("after")
+    runner.run_flow("double", {"x": 2})
+    assert (first.metrics["twice"], runner.run_flow("after").metrics["twice"]) == (2.0, 4.0)
+
+
 def test_a_failing_cell_shows_its_own_error_and_the_notebook(lab, add_flow):
     add_flow("broken", "x: int = 1", "1 / (x - 1)", FINISH)
     with pytest.raises(runner.FlowError, match="(?s)ZeroDivisionError: division by zero.*executed notebook: runs/broken/.*/broken.ipynb"):

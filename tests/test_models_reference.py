@@ -1,5 +1,7 @@
 """Models against other implementations of the same formula, and against numbers published or seen before."""
 
+from itertools import pairwise
+
 import numpy as np
 import polars as pl
 import pytest
@@ -22,7 +24,7 @@ def decoder_by_hand(weights: dict, rows, history, elapsed, mask, heads: int):
     for payment, seconds in [*zip(history[mask], elapsed[mask], strict=True), (rows, 0.0)]:
         numbers, pieces = [payment[0], payment[1], np.log1p(seconds)], []
         for x, edges in zip(numbers, w["fixed.embed.edges"], strict=True):
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
                 pieces.append(0.0 if high == low else min(max((x - low) / (high - low), 0.0), 1.0))
         scaled = np.clip((np.array(numbers) - w["fixed.embed.mean"]) / w["fixed.embed.deviation"], -5, 5)
         token = np.array(pieces) @ w["embed.pieces.kernel"] + w["embed.pieces.bias"] + scaled @ w["embed.whole.kernel"]
@@ -93,7 +95,8 @@ def handbook():
     for today in range(start + 14, start + 21):
         compromised = np.unique(payer[(day >= start) & (day <= today - 8) & fraud])
         tests.append(np.flatnonzero((day == today) & ~np.isin(payer, compromised)))
-    return np.column_stack([amount, features]).astype(np.float32), fraud, np.flatnonzero((day >= start) & (day < start + 7)), np.concatenate(tests)
+    train = np.flatnonzero((day >= start) & (day < start + 7))
+    return np.column_stack([amount, features]).astype(np.float32), fraud, train, np.concatenate(tests)
 
 
 @pytest.mark.parametrize(("name", "auc", "ap"), [("forest", 0.867, 0.658), ("boosted", 0.873, 0.653)])

@@ -6,15 +6,20 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_bundle import COLUMNS, FEATURES, Linear, tiny_bundle, tiny_weights
 
+from fraudlab.core.registry import resolve
 from fraudlab.features.sequences import Inputs
 from fraudlab.governance.signing import Refused, create_key, sign, write_manifest
 from fraudlab.serving.bundle import load, write
 
+ROOT = Path(__file__).parents[1]
+MODELS = sorted(p.stem for p in (ROOT / "fraudlab/models/zoo").glob("[!_]*.py"))
 FILES = ("bundle.json", "manifest.json", "score_1.stablehlo", "score_8.stablehlo", "signature.json", "weights.safetensors")
 
 
@@ -130,10 +135,26 @@ def test_scores_are_the_models(made):
         np.testing.assert_allclose(bundle.score(inputs), alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_can_be_bundled(name, tmp_path):
+    """Fitted or fresh, any model of the zoo gives the same scores from its bundle."""
+    from fraudlab.models.contract import example
+
+    data, fraud = example()
+    model, at = (kind := resolve("model", name))(columns=data.columns), np.arange(len(data))
+    inputs = data.inputs(at, model.history)
+    weights = model.fit(inputs, fraud, 0) if hasattr(kind, "fit") else model.init(inputs, 0)
+    keys = create_key(tmp_path / "keys")
+    parts = {"features": [], "fields": (), "evaluation": {}, "lineage": {}, "buckets": (1, 8)}
+    bundle = load(write(tmp_path / name, model, weights, private_key=keys.private, **parts), keys.public)
+    some = data.inputs(at[:19], model.history)
+    np.testing.assert_allclose(bundle.score(some), jax.jit(model.score)(weights, some), atol=1e-6)
+
+
 def test_a_score_that_is_not_a_number_is_an_error(tmp_path):
     keys = create_key(tmp_path / "keys")
     parts = {"features": [], "fields": (), "evaluation": {}, "lineage": {}, "buckets": (1,)}
-    folder = write(tmp_path / "nan", Linear(), tiny_weights() | {"bias": np.array([np.nan], np.float32)}, private_key=keys.private, **parts)
+    folder = write(tmp_path / "nan", Linear(), tiny_weights() | {"bias": np.float32(np.nan)}, private_key=keys.private, **parts)
     with pytest.raises(ArithmeticError, match="not a number"):
         load(folder, keys.public).score(some(1))
 

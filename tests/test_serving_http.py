@@ -5,9 +5,7 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -23,7 +21,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from tiny_bundle import FIELDS, tiny_bundle
 
-from fraudlab.serving.bento import serve_command, started
+from fraudlab.serving.bento import free_port, running, serve_command, started
 from fraudlab.serving.bundle import example, load
 from fraudlab.serving.http import OPEN, ROUTES, Guard, KnownPaths, Problem, Reader, application, document
 from fraudlab.serving.scorer import Scorer
@@ -558,13 +556,10 @@ def test_the_service_refuses_to_start_where_others_could_reach_it(server, tmp_pa
     monkeypatch.setenv("FRAUDLAB_ROOT", str(ROOT))
     command, environment = serve_command(server.folder, public_key=server.key, state=tmp_path / "state", home=tmp_path / "bentoml")
     command = command[: command.index("--host")] + arguments  # as somebody would call bentoml, past our own check
-    process = subprocess.Popen(command, env=environment | changes, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, printed = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1
+    with pytest.raises(RuntimeError) as ended, running(command, environment | changes, f"http://127.0.0.1:{free_port()}", tmp_path / "log"):
+        pass
+    printed = str(ended.value)
+    assert "ended with code 1" in printed
     assert says in printed
     assert "Traceback" not in printed
 

@@ -45,9 +45,7 @@ class Linear:
 
 def tiny_weights(seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {name: random.normal(0, 0.01, len(COLUMNS)).astype(np.float32) for name in ("now", "earlier")} | {
-        "bias": np.array([-2], np.float32)
-    }
+    return {name: random.normal(0, 0.01, len(COLUMNS)).astype(np.float32) for name in ("now", "earlier")} | {"bias": np.float32(-2)}
 
 
 def tiny_bundle(lab: Path, name: str = "tiny", **changes) -> tuple[Path, Keys]:

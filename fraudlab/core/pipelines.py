@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'ParameterFile', 'read_parameter_file', 'fill', 'check_steps', 'declared_by', 'references', 'run_steps']
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #092702a5
+# %% ../../nbs/00_core/50_pipelines.ipynb #c28c72b2
 import json
 import string
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import yaml
 from .errors import closest, refuse_unknown
 from .runner import Parameter, checked, declared, flow_path, flows, parse_assignments, run_flow
 from .runs import Run
-from .settings import settings
+from .settings import relative
 
 # %% ../../nbs/00_core/50_pipelines.ipynb #8784e86d
 class Step(msgspec.Struct, forbid_unknown_fields=True, rename={"name": "as", "given": "with"}):
@@ -48,7 +48,7 @@ def read_parameter_file(path: str | Path) -> ParameterFile:
         if names.count(name) > 1: raise ValueError(f"{path}: two steps are called '{name}'. Give each a name of its own with 'as'.")
     return file
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #db8ff421
+# %% ../../nbs/00_core/50_pipelines.ipynb #0e9c1116
 class _Text(str):
     "A text parameter, which may be a path."
     @property
@@ -57,14 +57,10 @@ class _Text(str):
 class _Step:
     "What later steps may refer to."
     def __init__(self, run: Run):
-        self.folder, self.id, self.outputs, self.metrics = _relative(run.folder), run.id, _Names(run.outputs), _Names(run.metrics)
+        self.folder, self.id, self.outputs, self.metrics = relative(run.folder), run.id, _Names(run.outputs), _Names(run.metrics)
 
 class _Names:
     def __init__(self, values: dict): self.__dict__.update(values)
-
-def _relative(folder: Path) -> str:
-    root = settings().root
-    return str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
 
 # %% ../../nbs/00_core/50_pipelines.ipynb #c82c1cef
 def fill(value, names: dict):
@@ -101,7 +97,7 @@ def references(value) -> set[str]:
     if isinstance(value, list): return set().union(*map(references, value))
     return {name.split(".")[0] for _, name, _, _ in string.Formatter().parse(value) if name} if isinstance(value, str) else set()
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #2df56b4f
+# %% ../../nbs/00_core/50_pipelines.ipynb #473ed574
 def run_steps(
     path: str | Path,                        # a parameter file with steps
     assignments: list[str] = (),             # "name=value" texts that change its parameters
@@ -114,7 +110,7 @@ def run_steps(
     refuse_unknown(given, file.parameters, f"parameter of {path}")
     check_steps(file, path)
     names = {k: _Text(v) if isinstance(v, str) else v for k, v in (file.parameters | given).items()}
-    note, runs = {"purpose": file.purpose, "expected": file.expected, "file": _relative(Path(path).resolve())}, {}
+    note, runs = {"purpose": file.purpose, "expected": file.expected, "file": relative(Path(path).resolve())}, {}
     for step in file.steps:
         with watch(step) as progress:
             run = run_flow(step.flow, fill(step.given, names), fresh=fresh, progress=progress, note=note)

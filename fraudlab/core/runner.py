@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'Parameter', 'flow_path', 'flows', 'declared', 'checked', 'parse_assignments', 'inputs_hash', 'FlowError',
            'run_flow', 'tcmalloc', 'library_variables', 'device_variables']
 
-# %% ../../nbs/00_core/40_runner.ipynb #7bb9721c
+# %% ../../nbs/00_core/40_runner.ipynb #907ecc79
 import ast
 import fcntl
 import io
@@ -29,7 +29,7 @@ import yaml
 from .errors import closest, refuse_unknown
 from .runs import (Run, file_hash, finished_runs, git_revision, package_hash, point_latest, read_run, run_id, text_hash,
                                 write_json, write_text)
-from .settings import settings
+from .settings import relative, settings
 
 # %% ../../nbs/00_core/40_runner.ipynb #2e33909a
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ def parse_assignments(
         given[name] = value if types.get(name) is str else yaml.safe_load(value)
     return given
 
-# %% ../../nbs/00_core/40_runner.ipynb #6aa488f8
+# %% ../../nbs/00_core/40_runner.ipynb #e3921b73
 def _contents(values) -> dict[str, str]:
     "Hash of every file, and of every run, that `values` name."
-    found, root = {}, settings().root
+    found, s = {}, settings()
     if not isinstance(values, (dict, list)): return found
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, (dict, list)): found |= _contents(value)
-        elif isinstance(value, str) and value and (root / value).is_file():
-            found[value] = file_hash(root / value)
-            if value.endswith((".yaml", ".yml")): found |= _contents(yaml.safe_load((root / value).read_text()))   # a mapping names its file
-        elif isinstance(value, str) and value and (root / value / "result.json").is_file(): found[value] = file_hash(root / value / "result.json")
+        elif isinstance(value, str) and value:
+            file = next((p for p in (s.root / value, s.root / value / "result.json", s.runs / value / "result.json") if p.is_file()), None)
+            if file: found[value] = file_hash(file)
+            if file and value.endswith((".yaml", ".yml")): found |= _contents(yaml.safe_load(file.read_text()))   # a mapping names its file
     return found
 
 def inputs_hash(cells: list[dict], parameters: dict, data: dict[str, str], lock: str) -> str:
@@ -108,12 +108,12 @@ def inputs_hash(cells: list[dict], parameters: dict, data: dict[str, str], lock:
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return text_hash(json.dumps([code, parameters, data, package_hash(), lock], sort_keys=True))
 
-# %% ../../nbs/00_core/40_runner.ipynb #fc83eb44
+# %% ../../nbs/00_core/40_runner.ipynb #2b3849d8
 class FlowError(RuntimeError):
     "A flow that failed: says which cell, with what error, and where the notebook is."
 
 def _failure(flow: str, notebook: Path, e: Exception) -> FlowError:
-    shown = notebook.relative_to(settings().root) if notebook.is_relative_to(settings().root) else notebook
+    shown = relative(notebook)
     if hasattr(e, "ename"):
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)).strip().splitlines()
         return FlowError(f"Flow '{flow}' failed in cell {e.exec_count}: {e.ename}: {e.evalue}\n\n" + "\n".join(trace[-14:]) + f"\n\nThe executed notebook: {shown}")
@@ -214,7 +214,7 @@ def _kernel_in(folder: str) -> type:
         def _ip(self): return f"{folder}/kernel"
     return Kernel
 
-# %% ../../nbs/00_core/40_runner.ipynb #51e5c9f4
+# %% ../../nbs/00_core/40_runner.ipynb #4b9bcf26
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
     "Execute the notebook into `folder`; returns seconds by cell and in all."
     import papermill
@@ -228,7 +228,8 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
         progress(len(done) / total, last[0])
     output, tail, s = folder / f"{flow}.ipynb", _Tail(show), settings()
     try:
-        with tempfile.TemporaryDirectory() as sockets, _environment(FRAUDLAB_RUN=str(folder), FRAUDLAB_ROOT=str(s.root), **device_variables(s.device), **library_variables()):
+        variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
+        with tempfile.TemporaryDirectory() as sockets, _environment(**variables):
             papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel_in(sockets), cwd=str(s.root), progress_bar=False, coalesce_streams=True,
                                        stdout_file=tail, stderr_file=tail, on_cell_executed=lambda cell, cell_index, execute_reply: cell_done(cell, cell_index))
     except Exception as e: raise _failure(flow, output, e) from e

@@ -6,11 +6,10 @@
 __all__ = ['chosen', 'open_scorer', 'check_start', 'serve_command', 'serve', 'started', 'running', 'free_port', 'serving_lock',
            'package_bento']
 
-# %% ../../nbs/70_serving/40_bento.ipynb #629c7445
+# %% ../../nbs/70_serving/40_bento.ipynb #622a5e6d
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -118,12 +118,12 @@ def started(
         command, environment = serve_command(bundle, port=port, home=home, **options)
         with running(command, environment, f"http://127.0.0.1:{port}", Path(log), patience) as address: yield address
 
-# %% ../../nbs/70_serving/40_bento.ipynb #509f9b17
+# %% ../../nbs/70_serving/40_bento.ipynb #f55539b9
 @contextmanager
 def running(command: list[str], environment: dict[str, str], address: str, log: Path, patience: float = 60.) -> Iterator[str]:
     "Run `command` until the end of the block, which starts when `address` is ready; raises `RuntimeError` with the log if it never is."
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         _wait(process, f"{address}/readyz", log, patience)
         yield address
@@ -132,7 +132,7 @@ def running(command: list[str], environment: dict[str, str], address: str, log: 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as s: return s.getsockname()[1]
 
-# %% ../../nbs/70_serving/40_bento.ipynb #7e592445
+# %% ../../nbs/70_serving/40_bento.ipynb #f91a5f4e
 def _wait(process: subprocess.Popen, url: str, log: Path, patience: float):
     end = time.monotonic() + patience
     while process.poll() is None and time.monotonic() < end:
@@ -142,12 +142,13 @@ def _wait(process: subprocess.Popen, url: str, log: Path, patience: float):
     raise RuntimeError(f"The service {state}. It last printed ({log}):\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]))
 
 def _stop(process: subprocess.Popen):
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(10)
-        except ProcessLookupError: return process.wait()
-        except subprocess.TimeoutExpired: pass
+    "End the supervisor, which ends its workers; whatever is left after ten seconds is killed, workers too (each has its own session)."
+    workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try: process.wait(10)
+    except subprocess.TimeoutExpired: process.kill()
+    for worker in psutil.wait_procs(workers, 1)[1]: worker.kill()
+    process.wait()
 
 # %% ../../nbs/70_serving/40_bento.ipynb #4292290b
 def serving_lock(

@@ -125,9 +125,9 @@ def write(
     card |= {"version": _version(files, card), "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     return _publish(folder, files, card, private_key)
 
-# %% ../../nbs/70_serving/00_bundle.ipynb #2140081a
+# %% ../../nbs/70_serving/00_bundle.ipynb #037f941e
 def _weight(name: str, value) -> np.ndarray:
-    value = np.ascontiguousarray(value)
+    value = np.asarray(value, order="C")
     if value.dtype.kind not in "fiub" or value.dtype.itemsize > 4:
         raise ValueError(f"Weight '{name}' is {value.dtype}; the service computes with at most 32 bits a number: cast it after fitting.")
     return value

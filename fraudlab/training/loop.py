@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'advance', 'refuse_non_finite', 'describe', 'train',
            'fit']
 
-# %% ../../nbs/40_training/20_loop.ipynb #fd9da5de
+# %% ../../nbs/40_training/20_loop.ipynb #d447ffa8
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
+from beartype import beartype
+from jaxtyping import Array, Bool, Float32, Int, jaxtyped
 from tqdm import tqdm
 
 from ..features.sequences import Dataset, Inputs
@@ -64,10 +66,13 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     matrices = lambda weights: {key: value.ndim > 1 for key, value in weights.items()}
     return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adamw(schedule(recipe, steps), weight_decay=recipe.weight_decay, mask=matrices))
 
-# %% ../../nbs/40_training/20_loop.ipynb #d6ba0372
+# %% ../../nbs/40_training/20_loop.ipynb #3e80c7b5
 @partial(jax.jit, static_argnames=("model", "objective", "recipe", "steps"), donate_argnames="state")
-def advance(state: dict, fixed: Weights, inputs: Inputs, labels, known, *, model: Network, objective: Callable, recipe: Recipe, steps: int) -> dict:
-    "The state after one more step on a batch, compiled once for each set-up; labels `[B]` float32, known `[B]` bool."
+def advance(
+    state: dict, fixed: Weights, inputs: Inputs, labels: Float32[Array, "B"], known: Bool[Array, "B"], *,
+    model: Network, objective: Callable, recipe: Recipe, steps: int,
+) -> dict:
+    "The state after one more step on a batch; compiled once for each set-up."
     loss_of = lambda weights: objective(model.logits({**weights, **fixed}, inputs), labels, known)
     loss, gradient = jax.value_and_grad(loss_of)(state["weights"])
     with jax.numpy_dtype_promotion("standard"):                                    # Optax multiplies whole numbers with real ones
@@ -135,16 +140,17 @@ def train(
             if keeps and kept: kept.save(step, state)
     return {key: np.asarray(value) for key, value in {**state["weights"], **fixed}.items()}
 
-# %% ../../nbs/40_training/20_loop.ipynb #9998f6e2
+# %% ../../nbs/40_training/20_loop.ipynb #0c569642
+@jaxtyped(typechecker=beartype)
 def fit(
     model: Model,
     dataset: Dataset,                       # M payments
-    positions: np.ndarray,                  # [N] rows of `dataset` to train on
-    labels: pl.Series | np.ndarray,         # [M] whether each payment of `dataset` is a fraud; null: unknown, counts for nothing
+    positions: Int[np.ndarray, "N"],        # rows of `dataset` to train on
+    labels: pl.Series | np.ndarray | list,  # [M] whether each payment of `dataset` is a fraud; null: unknown, counts for nothing
     objective: Callable | None = None,      # of networks: from `training/objectives`, such as `Fraud()`
     recipe: Recipe = Recipe(),              # of networks
     seed: int = 0,                          # an equal seed gives equal weights
-    checkpoints: Path | None = None,        # of networks: a folder; the same call on the same folder goes on where the last one was stopped
+    checkpoints: Path | str | None = None,  # of networks: a folder; the same call on the same folder goes on where the last one was stopped
     log: Callable[[int, dict[str, float]], None] | None = None,   # of networks: called with step and figures every `log_every` steps
     progress: bool = True,                  # of networks: whether to show a bar on standard error
 ) -> Weights:

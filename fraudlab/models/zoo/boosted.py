@@ -39,7 +39,7 @@ def _flat(tree: dict) -> dict[str, list]:
     add(tree)
     return lists
 
-# %% ../../../nbs/30_models/zoo/boosted.ipynb #c660661e
+# %% ../../../nbs/30_models/zoo/boosted.ipynb #724dea05
 @register("model")
 @dataclass(frozen=True)
 class Boosted(Estimator):
@@ -55,7 +55,8 @@ class Boosted(Estimator):
         check_labels(labels)
         lightgbm = _lightgbm()
         options = dict(objective="binary", learning_rate=self.learning_rate, num_leaves=self.leaves, min_data_in_leaf=self.smallest_leaf,
-                       seed=seed, deterministic=True, force_row_wise=True, use_missing=False, verbosity=-1)
+                       seed=seed, deterministic=True, force_row_wise=True, use_missing=False, verbosity=-1,
+                       num_threads=0 if inputs.rows.size > 10_000_000 else 1)     # all cores, or one: on a small table they wait for one another
         rows = lightgbm.Dataset(inputs.rows.astype(np.float64), labels.astype(np.float64))
         trees = lightgbm.train(options, rows, self.trees).dump_model()["tree_info"]
         return ensemble([_flat(tree["tree_structure"]) for tree in trees])
