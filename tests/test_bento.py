@@ -118,10 +118,10 @@ LOADS = """
     os.chdir(bento / "src")
     import fraudlab, service
     from fraudlab.serving.bundle import example
-    from fraudlab.serving.http import Reader
+    from fraudlab.serving.http import payment_reader
 
     scorer = service.open_scorer(service.HERE)
-    payments, _ = Reader(scorer.bundle)(json.dumps(example(scorer.bundle)).encode())
+    payments, _ = payment_reader(scorer.bundle)(json.dumps(example(scorer.bundle)).encode())
     print(fraudlab.__file__, scorer.score(payments)[0])
 """
 

@@ -23,7 +23,7 @@ from tiny_bundle import FIELDS, tiny_bundle
 
 from fraudlab.serving.bento import free_port, running, serve_command, started
 from fraudlab.serving.bundle import example, load
-from fraudlab.serving.http import OPEN, ROUTES, Guard, KnownPaths, Problem, Reader, application, document
+from fraudlab.serving.http import OPEN, ROUTES, Guard, KnownPaths, Problem, application, document, payment_reader
 from fraudlab.serving.scorer import Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +76,8 @@ def ask(server, method, path, body=None, headers=JSON, key=KEY) -> Answer:
         connection.close()
 
 
-def post(server, content, **options) -> Answer:
-    return ask(server, "POST", "/v1/score", content if isinstance(content, bytes) else json.dumps(content).encode(), **options)
+def post(server, content, path="/v1/score", **options) -> Answer:
+    return ask(server, "POST", path, content if isinstance(content, bytes) else json.dumps(content).encode(), **options)
 
 
 def payment(server, name: str, **changes) -> dict:
@@ -110,10 +110,20 @@ def test_one_payment_and_lists_get_the_scores_of_a_scorer_of_their_own(server, t
     assert (one.json["model"], one.json["bundle"]) == ("linear", server.bundle.version)
     many = post(server, payments[1:])
     assert [a["payment_id"] for a in many.json] == [p["payment_id"] for p in payments[1:]]
-    read, _ = Reader(server.bundle)(json.dumps(payments).encode())
+    read, _ = payment_reader(server.bundle)(json.dumps(payments).encode())
     expected = Scorer(server.bundle, tmp_path / "state.sqlite").score(read)
     np.testing.assert_allclose([one.json["score"], *(a["score"] for a in many.json)], expected, atol=1e-6)
     assert len(set(np.round(expected, 6))) > 15, "the scores must differ, or this shows nothing"
+
+
+def test_a_reported_fraud_is_noted_and_a_label_that_cannot_be_is_refused(server):
+    paid = payment(server, "reported")
+    assert post(server, paid).status == 200
+    label = {"payment_id": "reported", "is_fraud": True, "known_at": "2024-03-09T00:00:00Z"}
+    assert post(server, [label, label | {"payment_id": "never seen"}], path="/v1/labels").json == {"noted": 1, "unknown": 1}
+    assert post(server, label | {"known_at": "2024-02-01T00:00:00Z"}, path="/v1/labels").fault == (409, "conflict", "known_at")
+    assert post(server, label | {"known_at": "2024-03-09"}, path="/v1/labels").fault == (422, "invalid_value", "known_at")
+    assert post(server, label | {"score": 1}, path="/v1/labels").fault == (422, "unknown_field", "")
 
 
 def test_a_list_of_one_is_answered_by_a_list(server):
@@ -355,7 +365,8 @@ def test_the_document_lists_exactly_what_answers(server):
     operations = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
     assert operations == {(method, path) for path, (method, _) in ROUTES.items()}
     for method, path in operations:
-        answer = ask(server, method, path, json.dumps(example(server.bundle)) if method == "POST" else None)
+        posted = described["paths"][path].get("post", {}).get("requestBody")
+        answer = ask(server, method, path, json.dumps(posted["content"]["application/json"]["example"]) if posted else None)
         assert str(answer.status) == "200", path
         kinds = described["paths"][path][method.lower()]["responses"]["200"]["content"]
         assert answer.headers["content-type"].split(";")[0] in kinds, path
@@ -531,14 +542,14 @@ def test_what_is_accepted_is_what_the_schema_allows(server, data):
     if allowed and name == "amount":
         allowed = round(value, 4) == value or value > 1e11
     with nullcontext() if allowed else pytest.raises(Problem):
-        Reader(server.bundle)(json.dumps(sent).encode())
+        payment_reader(server.bundle)(json.dumps(sent).encode())
 
 
 @given(st.binary(max_size=60) | JSONS.map(lambda x: json.dumps(x).encode()))
 @hypothesis_settings(max_examples=150, deadline=None, database=None)
 def test_any_body_is_read_or_refused(server, body):
     with pytest.raises(Problem) as refused:
-        Reader(server.bundle)(body)
+        payment_reader(server.bundle)(body)
     assert refused.value.status in (400, 422)
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PATHS', 'SECRET', 'lab_root', 'relative', 'Settings', 'settings']
 
-# %% ../../nbs/00_core/20_settings.ipynb #bb8ba156
+# %% ../../nbs/00_core/20_settings.ipynb #49ad34f1
 import configparser
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .errors import refuse_unknown
@@ -25,7 +25,7 @@ def relative(path: Path) -> str:
     "`path` as a record should name it: relative to the lab where it lies in it."
     return str(path.relative_to(lab_root()) if path.is_relative_to(lab_root()) else path)
 
-# %% ../../nbs/00_core/20_settings.ipynb #7509b4fc
+# %% ../../nbs/00_core/20_settings.ipynb #8d95a393
 @dataclass(frozen=True)
 class Settings:
     "The lab's settings; all paths are absolute."
@@ -41,7 +41,7 @@ class Settings:
     bundle: str = ""           # bundle that the service loads
     state: str = ""            # file of the service's online state
     public_key: str = ""       # key that a bundle must be signed with; default `keys/public.pem`
-    api_key: str = ""          # key that callers must show; from the environment only
+    api_key: str = field(default="", repr=False)  # key that callers must show; from the environment only
     run: str = ""              # folder of the run in progress, set by the runner
 
 # %% ../../nbs/00_core/20_settings.ipynb #be2b3d91

@@ -115,7 +115,14 @@ def verify(folder: str | Path, public_key: str | Path) -> dict[str, str]:
     if not (folder / SIGNATURE).exists(): raise Refused(f"{SIGNATURE} is missing from {folder}: it was never signed, or not copied whole.")
     try: verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, folder / SIGNATURE)
     except Exception as e: raise _refusal(folder, public_key, found, e) from None  # of many kinds: it depends on the byte that changed
+    if not _as_written(folder / SIGNATURE): raise Refused(f"{SIGNATURE} of {folder} has changed.")
     return check_manifest(folder)
+
+def _as_written(signature: Path) -> bool:
+    "Whether a signature's texts are the one way to write their bytes: the last character of base64 has bits that are not read."
+    envelope = json.loads(signature.read_bytes())["dsseEnvelope"]
+    texts = [envelope["payload"], *(s["sig"] for s in envelope["signatures"])]
+    return all(base64.b64encode(base64.b64decode(text)).decode() == text for text in texts)
 
 # %% ../../nbs/60_governance/00_signing.ipynb #92f79a9f
 def _refusal(folder: Path, public_key: Path, found: dict[str, str], error: Exception) -> Refused:

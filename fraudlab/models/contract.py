@@ -6,17 +6,16 @@
 __all__ = ['Weights', 'Model', 'Estimator', 'Network', 'example', 'check_inputs', 'check_labels', 'score_all', 'to_dict',
            'from_dict', 'save', 'load', 'weights_hash', 'parameters']
 
-# %% ../../nbs/30_models/00_contract.ipynb #2a571f09
+# %% ../../nbs/30_models/00_contract.ipynb #5655d885
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 from beartype import beartype
@@ -24,7 +23,7 @@ from jaxtyping import Array, Bool, Float32, Int, jaxtyped
 from safetensors.numpy import load_file, save_file
 
 from ..core.errors import refuse_unknown
-from ..core.registry import register, resolve
+from ..core.registry import resolve
 from ..features.encoding import Column, Encoding
 from ..features.sequences import Dataset, Inputs
 
@@ -81,7 +80,7 @@ def example(
     rows = np.column_stack([amount, seconds // 3600 % 24, country])
     return Dataset(rows, columns, pl.Series(payer), pl.Series(seconds * 1_000_000).cast(pl.Datetime("us"))), fraud
 
-# %% ../../nbs/30_models/00_contract.ipynb #03b41dbe
+# %% ../../nbs/30_models/00_contract.ipynb #1c499f99
 def check_inputs(model: Model, inputs: Inputs) -> None:
     "Raise `ValueError` where `inputs` are not what `model` reads: `F` columns, `T` earlier payments."
     b, f, t = len(inputs.rows), len(model.columns), model.history
@@ -89,15 +88,17 @@ def check_inputs(model: Model, inputs: Inputs) -> None:
     for name, array, shape in zip(Inputs._fields, inputs, expected, strict=True):
         dtype = np.dtype(bool if name == "mask" else np.float32)
         if array.shape != shape or array.dtype != dtype:
-            raise ValueError(f"{type(model).__name__} reads {name} {list(shape)} of {dtype} ({f} columns, history={t}), but was given {list(array.shape)} "
-                             f"of {array.dtype}. Make them with dataset.inputs(positions, model.history) on a data set that has the model's columns.")
+            raise ValueError(f"{type(model).__name__} reads {name} {list(shape)} of {dtype} ({f} columns, history={t}), but was given "
+                             f"{list(array.shape)} of {array.dtype}. Make inputs with dataset.inputs(positions, model.history) on a data set "
+                             "that has the model's columns.")
 
-# %% ../../nbs/30_models/00_contract.ipynb #5bb4fce4
+# %% ../../nbs/30_models/00_contract.ipynb #144a3685
 def check_labels(labels: Bool[np.ndarray, "N"]) -> None:
     "Raise `ValueError` unless there are both frauds and genuine payments among `labels`."
     frauds = int(np.sum(labels))
     if not 0 < frauds < len(labels):
-        raise ValueError(f"{frauds} of {len(labels)} training payments are frauds: a model needs both kinds. Train on a longer or another period.")
+        raise ValueError(f"{frauds} of {len(labels)} training payments are frauds: a model needs both kinds. "
+                         "Train on a longer or another period.")
 
 # %% ../../nbs/30_models/00_contract.ipynb #d5ec2f8f
 @partial(jax.jit, static_argnums=0)
@@ -132,7 +133,7 @@ def from_dict(plain: dict) -> Model:
     refuse_unknown(plain["options"], [f.name for f in fields(kind) if f.name != "columns"], f"option of model '{plain['name']}'")
     return kind(Encoding.from_dict(plain["columns"]).columns, **plain["options"])
 
-# %% ../../nbs/30_models/00_contract.ipynb #78138d0c
+# %% ../../nbs/30_models/00_contract.ipynb #1939ddb0
 def save(folder: Path, model: Model, weights: Weights) -> None:
     "Write `model.json` and `weights.safetensors` into `folder`."
     folder = Path(folder)
@@ -144,7 +145,7 @@ def load(folder: Path) -> tuple[Model, Weights]:
     "The model and the weights that `save` wrote into `folder`."
     for name in ("model.json", "weights.safetensors"):
         if not (Path(folder) / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: it is no folder of a saved model. Give one that fraudlab.models.contract.save wrote.")
+            raise FileNotFoundError(f"{folder} has no {name}, so no saved model. Give a folder that fraudlab.models.contract.save wrote.")
     return from_dict(json.loads((Path(folder) / "model.json").read_text())), load_file(Path(folder) / "weights.safetensors")
 
 # %% ../../nbs/30_models/00_contract.ipynb #1eb91618

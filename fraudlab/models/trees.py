@@ -23,18 +23,19 @@ def round_down(
     near = thresholds.astype(np.float32)
     return np.where(near > thresholds, np.nextafter(near, np.float32(-np.inf)), near)
 
-# %% ../../nbs/30_models/20_trees.ipynb #1a750c07
+# %% ../../nbs/30_models/20_trees.ipynb #188c039d
 def ensemble(
-    trees: Sequence[dict[str, np.ndarray]],  # of each tree, by node: feature, threshold, left, right, value; the root first, left < 0 at leaves
+    trees: Sequence[dict[str, np.ndarray]],  # of each, by node, the root first: feature, threshold, left (< 0 at leaves), right, value
 ) -> Weights:                                # root [K], feature [N], threshold [N], child [N, 2], value [N], depth []
     "The weights of `K` trees with `N` nodes in all."
-    root = np.cumsum([0, *(len(t["left"]) for t in trees)])[:-1]
+    size = np.array([len(t["left"]) for t in trees])
+    root = np.cumsum(size) - size
     column = lambda key: np.concatenate([np.asarray(t[key], np.float64) for t in trees])
-    leaf, itself = column("left") < 0, np.arange(sum(len(t["left"]) for t in trees))
-    child = np.stack([np.concatenate([np.asarray(t[side]) + start for t, start in zip(trees, root, strict=True)]) for side in ("left", "right")], axis=1)
-    return {"root": root.astype(np.int32), "child": np.where(leaf[:, None], itself[:, None], child).astype(np.int32),
-            "feature": np.where(leaf, 0, column("feature")).astype(np.int32), "threshold": round_down(np.where(leaf, 0, column("threshold"))),
-            "value": np.where(leaf, column("value"), 0).astype(np.float32), "depth": np.array(max(map(_depth, trees)), np.int32)}
+    inner, first = column("left") >= 0, root.repeat(size)
+    child = [np.where(inner, column(side) + first, np.arange(size.sum())) for side in ("left", "right")]
+    whole = {"root": root, "child": np.stack(child, 1), "feature": np.where(inner, column("feature"), 0), "depth": max(map(_depth, trees))}
+    real = {"threshold": round_down(np.where(inner, column("threshold"), 0)), "value": np.where(inner, 0, column("value"))}
+    return {k: np.asarray(v, np.int32) for k, v in whole.items()} | {k: np.asarray(v, np.float32) for k, v in real.items()}
 
 def _depth(tree: dict[str, np.ndarray]) -> int:
     "Steps from the root to the deepest leaf."

@@ -21,7 +21,7 @@ def _hash(state: Any) -> str:
     "SHA-256 of a tree of arrays."
     return weights_hash({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
-# %% ../../nbs/40_training/10_checkpoints.ipynb #88875fd8
+# %% ../../nbs/40_training/10_checkpoints.ipynb #ffb1fe33
 class OtherTraining(ValueError):
     "A folder of checkpoints belongs to another training."
 
@@ -33,7 +33,8 @@ class Checkpoints:
         run: dict,     # what is trained on what: plain data, equal for the same training only
     ):
         self.folder, self.run = Path(folder).absolute(), json.loads(json.dumps(run))
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True))
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self): return self
 
@@ -46,7 +47,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        "The newest step and its state, shaped as `like`; `(0, like)` where nothing was kept. Raises `OtherTraining`, or `ValueError` for a damaged file."
+        "The newest step and its state, shaped as `like`; `(0, like)` if nothing was kept. Raises `OtherTraining`; `ValueError` for damaged files."
         step = self._manager.latest_step()
         if step is None: return 0, like
         read = lambda **items: self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -57,13 +58,15 @@ class Checkpoints:
             if _hash(state) != about["sha256"]: raise OSError("its numbers are not those that were written")
         except OtherTraining: raise
         except Exception as e:
-            raise ValueError(f"The checkpoint {self.folder / str(step)} is damaged: {str(e)[:100]}. Delete that folder to go on from the one before it.") from e
+            raise ValueError(f"The checkpoint {self.folder / str(step)} is damaged: {str(e)[:100]}. "
+                             "Delete that folder to go on from the one before it.") from e
         return step, state
 
-# %% ../../nbs/40_training/10_checkpoints.ipynb #0498d201
+# %% ../../nbs/40_training/10_checkpoints.ipynb #d56d3bdf
 def _refuse_other(kept: dict, given: dict, folder: Path) -> None:
     "Raise `OtherTraining` where the training that was kept is not the one that is given."
     differing = [key for key in {**kept, **given} if kept.get(key) != given.get(key)]
     if differing:
         was, now = ({key: run.get(key) for key in differing} for run in (kept, given))
-        raise OtherTraining(f"{folder} keeps another training: there {json.dumps(was)}, here {json.dumps(now)}. Give this one a folder of its own, or delete that one.")
+        raise OtherTraining(f"{folder} keeps another training: there {json.dumps(was)}, here {json.dumps(now)}. "
+                            "Give this one a folder of its own, or delete that one.")

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'advance', 'refuse_non_finite', 'describe', 'train',
            'fit']
 
-# %% ../../nbs/40_training/20_loop.ipynb #d447ffa8
+# %% ../../nbs/40_training/20_loop.ipynb #6dda437f
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +15,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
@@ -26,11 +25,11 @@ from tqdm import tqdm
 from ..features.sequences import Dataset, Inputs
 from ..models.contract import Estimator, Model, Network, Weights, check_inputs, check_labels, to_dict, weights_hash
 
-# %% ../../nbs/40_training/20_loop.ipynb #5412b411
+# %% ../../nbs/40_training/20_loop.ipynb #db39861b
 @dataclass(frozen=True)
 class Recipe:
     "How a network is trained: AdamW with warm-up and cosine decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."
-    epochs: int = 5
+    epochs: int = 4
     batch: int = 256               # payments a step
     learning_rate: float = 3e-3    # at its highest
     weight_decay: float = 0.01     # of matrices; vectors are left alone
@@ -55,7 +54,7 @@ def batch_at(
 @lru_cache(maxsize=1)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray: return np.random.default_rng((seed, epoch)).permutation(count)
 
-# %% ../../nbs/40_training/20_loop.ipynb #573a29dd
+# %% ../../nbs/40_training/20_loop.ipynb #8ba8497a
 def schedule(recipe: Recipe, steps: int) -> optax.Schedule:
     "Learning rate by count of steps before: up in a line from near 0, down to 0 along a cosine."
     rising = max(1, round(recipe.warmup * steps))
@@ -64,7 +63,8 @@ def schedule(recipe: Recipe, steps: int) -> optax.Schedule:
 def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     "AdamW on clipped gradients."
     matrices = lambda weights: {key: value.ndim > 1 for key, value in weights.items()}
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.adamw(schedule(recipe, steps), weight_decay=recipe.weight_decay, mask=matrices))
+    adamw = optax.adamw(schedule(recipe, steps), weight_decay=recipe.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
 
 # %% ../../nbs/40_training/20_loop.ipynb #3e80c7b5
 @partial(jax.jit, static_argnames=("model", "objective", "recipe", "steps"), donate_argnames="state")
@@ -80,21 +80,23 @@ def advance(
     sums = {"loss": state["sums"]["loss"] + loss, "gradient_norm": state["sums"]["gradient_norm"] + optax.tree.norm(gradient)}
     return {"weights": optax.apply_updates(state["weights"], updates), "optimizer": moments, "sums": sums}
 
-# %% ../../nbs/40_training/20_loop.ipynb #f20315fc
+# %% ../../nbs/40_training/20_loop.ipynb #248335d2
 def refuse_non_finite(loss: float, first: int, last: int) -> None:
     "Raise `FloatingPointError` where the loss summed over steps `first` to `last` is not finite."
     if not np.isfinite(loss):
-        raise FloatingPointError(f"The loss became {loss} between steps {first} and {last}. Lower the recipe's learning_rate (or its clip), and look for extreme "
-                                 "values in the columns. What was kept before is intact.")
+        raise FloatingPointError(f"The loss became {loss} between steps {first} and {last}. Lower the recipe's learning_rate (or its clip), "
+                                 "and look for extreme values in the columns. What was kept before is intact.")
 
-# %% ../../nbs/40_training/20_loop.ipynb #bf1d92d8
-def describe(model: Model, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Callable, recipe: Recipe, seed: int) -> dict:
+# %% ../../nbs/40_training/20_loop.ipynb #deb05172
+def describe(
+    model: Model, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Callable, recipe: Recipe, seed: int,
+) -> dict:
     "What is trained on what, as plain data; long things by their hash."
     arrays = {"rows": dataset.rows, "times": dataset.times, "positions": positions, "labels": labels.cast(pl.Int8).fill_null(-1).to_numpy()}
-    return {"model": to_dict(model), "objective": {"name": type(objective).__name__.lower(), **asdict(objective)}, "recipe": asdict(recipe), "seed": seed,
-            "data": weights_hash(arrays)}
+    named = {"name": type(objective).__name__.lower(), **asdict(objective)}
+    return {"model": to_dict(model), "objective": named, "recipe": asdict(recipe), "seed": seed, "data": weights_hash(arrays)}
 
-# %% ../../nbs/40_training/20_loop.ipynb #14d68d03
+# %% ../../nbs/40_training/20_loop.ipynb #935bb54d
 SAMPLE = 20_000   # training payments that scales and edges are fitted on
 
 def train(
@@ -121,7 +123,8 @@ def train(
             from fraudlab.training.checkpoints import Checkpoints
             kept = stack.enter_context(Checkpoints(checkpoints, describe(model, dataset, positions, labels, objective, recipe, seed)))
             start, state = kept.restore(state)
-        bar = stack.enter_context(tqdm(total=steps, initial=start, desc=f"train {to_dict(model)['name']}", unit="step", mininterval=1, file=sys.stderr, disable=not progress))
+        looks = dict(desc=f"train {to_dict(model)['name']}", unit="step", mininterval=1, file=sys.stderr, disable=not progress)
+        bar = stack.enter_context(tqdm(total=steps, initial=start, **looks))
 
         for step in range(start + 1, steps + 1):                                   # counted from 1: "after step n" is state n
             places, counts = batch_at(step - 1, count, recipe.batch, seed)
@@ -133,14 +136,15 @@ def train(
             if reports or keeps: refuse_non_finite(float(state["sums"]["loss"]), step - (step - 1) % recipe.log_every, step)
             if reports:
                 over = (step - 1) % recipe.log_every + 1
-                figures = {key: float(total) / over for key, total in state["sums"].items()} | {"learning_rate": float(schedule(recipe, steps)(step - 1))}
+                figures = {key: float(total) / over for key, total in state["sums"].items()}
+                figures["learning_rate"] = float(schedule(recipe, steps)(step - 1))
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 if log: log(step, figures)
                 state["sums"] = zeros()
             if keeps and kept: kept.save(step, state)
     return {key: np.asarray(value) for key, value in {**state["weights"], **fixed}.items()}
 
-# %% ../../nbs/40_training/20_loop.ipynb #0c569642
+# %% ../../nbs/40_training/20_loop.ipynb #1153b976
 @jaxtyped(typechecker=beartype)
 def fit(
     model: Model,
@@ -156,10 +160,12 @@ def fit(
 ) -> Weights:
     "Train `model`; raises `ValueError` where there is nothing to tell apart, `FloatingPointError` where the loss leaves the numbers."
     labels = pl.Series("is_fraud", labels, dtype=pl.Boolean)
-    if len(labels) != len(dataset): raise ValueError(f"There are {len(labels)} labels for {len(dataset)} payments: give one for each, null where it is unknown.")
+    if len(labels) != len(dataset):
+        raise ValueError(f"There are {len(labels)} labels for {len(dataset)} payments: give one for each, null where it is unknown.")
     known = positions[labels.is_not_null().to_numpy()[positions]]
     truth = labels[known].to_numpy()
     check_labels(truth)
     if isinstance(model, Estimator): return model.fit(dataset.inputs(known, model.history), truth, seed)
-    if objective is None: raise ValueError(f"{type(model).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
+    if objective is None:
+        raise ValueError(f"{type(model).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
     return train(model, dataset, positions, labels, objective, recipe, seed, checkpoints, log, progress)

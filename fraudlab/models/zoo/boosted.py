@@ -26,20 +26,20 @@ def _lightgbm():
                           "The models 'logistic', 'forest' and 'history' do without it.") from e
     return lightgbm
 
-# %% ../../../nbs/30_models/zoo/boosted.ipynb #8b01aad0
+# %% ../../../nbs/30_models/zoo/boosted.ipynb #b386a04a
 def _flat(tree: dict) -> dict[str, list]:
     "Nested nodes as lists by node, the root first; `left` is -1 at leaves."
     lists = {key: [] for key in ("feature", "threshold", "left", "right", "value")}
     def add(node) -> int:
         at = len(lists["left"])
-        for key, value in zip(lists, (node.get("split_feature", 0), node.get("threshold", 0.), -1, -1, node.get("leaf_value", 0.)), strict=True):
-            lists[key].append(value)
+        values = (node.get("split_feature", 0), node.get("threshold", 0.), -1, -1, node.get("leaf_value", 0.))
+        for key, value in zip(lists, values, strict=True): lists[key].append(value)
         if "left_child" in node: lists["left"][at], lists["right"][at] = add(node["left_child"]), add(node["right_child"])
         return at
     add(tree)
     return lists
 
-# %% ../../../nbs/30_models/zoo/boosted.ipynb #724dea05
+# %% ../../../nbs/30_models/zoo/boosted.ipynb #aebcdbfb
 @register("model")
 @dataclass(frozen=True)
 class Boosted(Estimator):
@@ -56,7 +56,7 @@ class Boosted(Estimator):
         lightgbm = _lightgbm()
         options = dict(objective="binary", learning_rate=self.learning_rate, num_leaves=self.leaves, min_data_in_leaf=self.smallest_leaf,
                        seed=seed, deterministic=True, force_row_wise=True, use_missing=False, verbosity=-1,
-                       num_threads=0 if inputs.rows.size > 10_000_000 else 1)     # all cores, or one: on a small table they wait for one another
+                       num_threads=0 if inputs.rows.size > 10_000_000 else 1)   # all cores; on a small table they only wait for one another
         rows = lightgbm.Dataset(inputs.rows.astype(np.float64), labels.astype(np.float64))
         trees = lightgbm.train(options, rows, self.trees).dump_model()["tree_info"]
         return ensemble([_flat(tree["tree_structure"]) for tree in trees])

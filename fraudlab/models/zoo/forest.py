@@ -17,7 +17,7 @@ from ...features.sequences import Inputs
 from ..contract import Estimator, Weights, check_labels
 from ..trees import ensemble, leaves
 
-# %% ../../../nbs/30_models/zoo/forest.ipynb #0fe79e50
+# %% ../../../nbs/30_models/zoo/forest.ipynb #f1d12014
 @register("model")
 @dataclass(frozen=True)
 class Forest(Estimator):
@@ -32,7 +32,8 @@ class Forest(Estimator):
         check_labels(labels)
         forest = RandomForestClassifier(self.trees, min_samples_leaf=self.smallest_leaf, random_state=seed, n_jobs=-1)
         grown = (tree.tree_ for tree in forest.fit(inputs.rows, labels).estimators_)
-        return ensemble([dict(feature=t.feature, threshold=t.threshold, left=t.children_left, right=t.children_right, value=t.value[:, 0, 1]) for t in grown])
+        return ensemble([dict(feature=t.feature, threshold=t.threshold, left=t.children_left, right=t.children_right,
+                              value=t.value[:, 0, 1]) for t in grown])
 
     def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B"]:
         "Probability of fraud of each payment."

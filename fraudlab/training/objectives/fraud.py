@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float32
 
 from ...core.registry import register
 
-# %% ../../../nbs/40_training/objectives/fraud.ipynb #8be7b0ab
+# %% ../../../nbs/40_training/objectives/fraud.ipynb #53bfe792
 @register("objective")
 @dataclass(frozen=True)
 class Fraud:
@@ -24,6 +24,6 @@ class Fraud:
     focal: float = 0.0             # 0: plain cross-entropy
 
     def __call__(self, logits: Float32[Array, "B"], labels: Float32[Array, "B"], known: Bool[Array, "B"]) -> Float32[Array, ""]:
-        loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal) if self.focal else optax.sigmoid_binary_cross_entropy(logits, labels)
+        loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal)        # gamma = 0 is the plain cross-entropy
         weight, counts = jnp.where(labels > 0, self.positive_weight, 1.0), known.astype(jnp.float32)
         return (loss * weight * counts).sum() / jnp.maximum(counts.sum(), 1)
