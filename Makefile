@@ -39,7 +39,7 @@ pytest:
 rooms:           ## a room imports only from rooms with smaller numbers
 	$(BIN)/lint-imports
 style:
-	$(BIN)/ruff check
+	$(BIN)/ruff check && $(BIN)/ruff format --check --quiet
 
 readme: install  ## README.md from nbs/index.ipynb
 	$(BIN)/python .ci/notebooks.py --readme

@@ -32,7 +32,11 @@ def add_flow(lab):
         def cell(i, source, **metadata):
             return {"cell_type": "code", "id": f"c{i}", "metadata": metadata, "source": source, "execution_count": None, "outputs": []}
 
-        notebook = {"cells": [cell(0, parameters, tags=["parameters"]), *(cell(i + 1, c) for i, c in enumerate(cells))], "nbformat": 4, "nbformat_minor": 5}
+        notebook = {
+            "cells": [cell(0, parameters, tags=["parameters"]), *(cell(i + 1, c) for i, c in enumerate(cells))],
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        }
         notebook["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
         path = lab / "nbs" / "90_flows" / f"{name}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)

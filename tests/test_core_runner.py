@@ -15,7 +15,10 @@ from fraudlab.core import pipelines, runner, runs
 FINISH = "from fraudlab.core.runs import finish\nfinish({'twice': 2.0 * x}, {'x': x})"
 
 
-@pytest.mark.parametrize(("given", "message"), [({"y": 1}, "'y' is no parameter of flow 'double'"), ({"x": "3"}, "must be int, such as 1"), ({"x": True}, "must be int")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"y": 1}, "'y' is no parameter of flow 'double'"), ({"x": "3"}, "must be int, such as 1"), ({"x": True}, "must be int")],
+)
 def test_what_is_not_declared_is_refused_before_a_kernel_starts(lab, add_flow, given, message):
     add_flow("double", "x: int = 1", FINISH)
     with pytest.raises(ValueError, match=message):
@@ -29,7 +32,18 @@ def test_a_run_records_what_it_was_made_from_and_is_not_run_again(lab, add_flow)
     first = runner.run_flow("double", {"x": 3, "name": "data.csv"}, note={"purpose": "to see"})
     assert first.metrics == {"twice": 6.0}
     assert first.outputs == {"x": 3}
-    assert {"parameters", "revision", "package", "lock", "data", "versions", "timings", "started", "finished", "purpose"} <= first.result.keys()
+    assert {
+        "parameters",
+        "revision",
+        "package",
+        "lock",
+        "data",
+        "versions",
+        "timings",
+        "started",
+        "finished",
+        "purpose",
+    } <= first.result.keys()
     assert first.result["data"] == {"data.csv": runs.file_hash(lab / "data.csv")}
     assert (lab / "runs" / "double" / "latest").resolve() == first.folder
     assert yaml.safe_load((first.folder / "params.yaml").read_text())["parameters"]["x"] == 3
@@ -41,7 +55,11 @@ def test_a_run_records_what_it_was_made_from_and_is_not_run_again(lab, add_flow)
 
 def test_latest_means_the_run_that_is_latest_now(lab, add_flow):
     add_flow("double", "x: int = 1", FINISH)
-    add_flow("after", "of: str = 'double/latest'", "from fraudlab.core.runs import finish, read_run\nfinish({'twice': read_run(of).metrics['twice']})")
+    add_flow(
+        "after",
+        "of: str = 'double/latest'",
+        "from fraudlab.core.runs import finish, read_run\nfinish({'twice': read_run(of).metrics['twice']})",
+    )
     runner.run_flow("double", {"x": 1})
     first = runner.run_flow("after")
     runner.run_flow("double", {"x": 2})
@@ -50,7 +68,7 @@ def test_latest_means_the_run_that_is_latest_now(lab, add_flow):
 
 def test_a_failing_cell_shows_its_own_error_and_the_notebook(lab, add_flow):
     add_flow("broken", "x: int = 1", "1 / (x - 1)", FINISH)
-    with pytest.raises(runner.FlowError, match="(?s)ZeroDivisionError: division by zero.*executed notebook: runs/broken/.*/broken.ipynb"):
+    with pytest.raises(runner.FlowError, match=r"(?s)ZeroDivisionError: division by zero.*executed notebook: runs/broken/.*/broken.ipynb"):
         runner.run_flow("broken")
     assert not list((lab / "runs" / "broken").glob("*/result.json"))
 
@@ -62,7 +80,8 @@ def test_a_flow_without_finish_is_no_result(lab, add_flow):
 
 
 def test_a_killed_kernel_ends_the_run_and_the_next_run_takes_the_folder_up(lab, add_flow):
-    kill = "import os, signal, pathlib\nonce = pathlib.Path('once')\nif not once.exists():\n    once.touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
+    once = "import os, signal, pathlib\nonce = pathlib.Path('once')\nif not once.exists():\n"
+    kill = once + "    once.touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
     add_flow("killed", "x: int = 1", kill, FINISH)
     with pytest.raises(runner.FlowError, match="its kernel died"):
         runner.run_flow("killed")
@@ -117,7 +136,10 @@ steps:
     [
         ([{"flow": "dubble"}], "Did you mean 'double'"),
         ([{"flow": "double", "with": {"z": 1}}], "'z' is no parameter of flow 'double'"),
-        ([{"flow": "double", "with": {"x": "{later.outputs.x}"}}, {"flow": "double", "as": "later"}], "'later' is no parameter or earlier step"),
+        (
+            [{"flow": "double", "with": {"x": "{later.outputs.x}"}}, {"flow": "double", "as": "later"}],
+            "'later' is no parameter or earlier step",
+        ),
         ([{"flow": "double"}, {"flow": "double"}], "two steps are called 'double'"),
         ([{"flow": "double", "width": {}}], "unknown field `width`"),
     ],

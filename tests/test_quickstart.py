@@ -39,16 +39,31 @@ def first(lab) -> str:
 
 
 def test_it_ends_with_a_table_the_notebooks_and_the_line_that_scores(lab, first):
-    for text in ("logistic", "forest", "boosted", "history", "card precision@100", "evaluate.ipynb", "curl -s http://127.0.0.1:3000/v1/score"):
+    for text in (
+        "logistic",
+        "forest",
+        "boosted",
+        "history",
+        "card precision@100",
+        "evaluate.ipynb",
+        "curl -s http://127.0.0.1:3000/v1/score",
+    ):
         assert text in first, first
 
 
 def test_the_names_that_others_read_are_there(lab, first):
     found = results(lab)
     assert {"rows", "quarantined", "train_rows", "test_rows"} <= found["prepare"]["metrics"].keys()
-    expected = {f"{model}.{metric}{end}" for model in ("logistic", "forest", "boosted", "history") for metric in ("auc", "ap", "cp100", "ece") for end in ("", ".low", ".high")}
+    expected = {
+        f"{model}.{metric}{end}"
+        for model in ("logistic", "forest", "boosted", "history")
+        for metric in ("auc", "ap", "cp100", "ece")
+        for end in ("", ".low", ".high")
+    }
     assert expected <= found["evaluate"]["metrics"].keys()
-    assert {"flow", "id", "inputs", "parameters", "seed", "revision", "package", "lock", "data", "timings", "metrics"} <= found["train history"].keys()
+    assert {"flow", "id", "inputs", "parameters", "seed", "revision", "package", "lock", "data", "timings", "metrics"} <= found[
+        "train history"
+    ].keys()
 
 
 def test_scores_over_http_are_the_offline_scores(lab, first):
@@ -76,5 +91,6 @@ def test_list_and_doctor_know_what_there_is(lab):
 
 
 def test_help_is_quick_because_heavy_modules_come_late():
-    code = "import sys, fraudlab.cli; print(*[m for m in ('jax', 'polars', 'flax', 'mlflow', 'papermill', 'bentoml', 'numpy') if m in sys.modules])"
+    heavy = ("jax", "polars", "flax", "mlflow", "papermill", "bentoml", "numpy")
+    code = f"import sys, fraudlab.cli; print(*[m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from fraudlab.core.registry import resolve
 from fraudlab.models.contract import example, weights_hash
@@ -14,6 +15,7 @@ from fraudlab.training.loop import Recipe, batch_at, fit
 SCRIPT = """
 import sys
 import numpy as np
+import pytest
 from fraudlab.core.registry import resolve
 from fraudlab.models.contract import example, weights_hash
 from fraudlab.training.loop import Recipe, fit
@@ -79,3 +81,14 @@ def test_every_payment_once_an_epoch_and_in_another_order_in_the_next():
             assert sorted(order) == list(range(count))
         assert count < 8 or orders[0].tolist() != orders[1].tolist()
         assert all(len(places) == batch for epoch in epochs for places, _ in epoch)
+
+
+@pytest.mark.parametrize("log_every", [1, 20])
+def test_a_training_that_leaves_the_numbers_stops_and_keeps_nothing_broken(tmp_path, log_every):
+    data, fraud = example(200)
+    model = resolve("model", "history")(data.columns, history=3, width=8, layers=1, heads=2)
+    recipe = Recipe(batch=50, learning_rate=1e30, clip=1e30, warmup=0.0, checkpoint_every=1, log_every=log_every)
+    run = {"objective": resolve("objective", "fraud")(), "recipe": recipe, "checkpoints": tmp_path, "progress": False}
+    with pytest.raises(FloatingPointError, match=r"became (nan|inf) between steps 1 and 1\b.*learning_rate"):
+        fit(model, data, np.arange(200), fraud, **run)
+    assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,7 @@ def example(
     rows = np.column_stack([amount, seconds // 3600 % 24, country])
     return Dataset(rows, columns, pl.Series(payer), pl.Series(seconds * 1_000_000).cast(pl.Datetime("us"))), fraud
 
-# %% ../../nbs/30_models/00_contract.ipynb #1c499f99
+# %% ../../nbs/30_models/00_contract.ipynb #571342d1
 def check_inputs(model: Model, inputs: Inputs) -> None:
     "Raise `ValueError` where `inputs` are not what `model` reads: `F` columns, `T` earlier payments."
     b, f, t = len(inputs.rows), len(model.columns), model.history
@@ -89,8 +89,8 @@ def check_inputs(model: Model, inputs: Inputs) -> None:
         dtype = np.dtype(bool if name == "mask" else np.float32)
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{type(model).__name__} reads {name} {list(shape)} of {dtype} ({f} columns, history={t}), but was given "
-                             f"{list(array.shape)} of {array.dtype}. Make inputs with dataset.inputs(positions, model.history) on a data set "
-                             "that has the model's columns.")
+                             f"{list(array.shape)} of {array.dtype}. Make inputs with dataset.inputs(positions, model.history), from a "
+                             "data set that has the model's columns.")
 
 # %% ../../nbs/30_models/00_contract.ipynb #144a3685
 def check_labels(labels: Bool[np.ndarray, "N"]) -> None:

@@ -335,7 +335,7 @@ def document(bundle: Bundle, limits: Limits = Limits(), secured: bool = False) -
         operation = {"summary": about, "operationId": _name(path), "tags": [_tag(path)], "responses": results[path] | denied}
         paths[path] = {method.lower(): operation | ({"security": []} if free else {})}
     payment = example(bundle)
-    label = {"payment_id": payment["payment_id"], "is_fraud": True, "known_at": "2018-08-15T09:30:00Z"}
+    label = {"payment_id": "an-earlier-payment", "is_fraud": True, "known_at": "2018-08-15T09:30:00Z"}
     for path, kind, shown in (("/v1/score", "Payment", payment), ("/v1/labels", "Label", label)):
         paths[path]["post"]["requestBody"] = {"required": True, "content": _content(_either(kind, limits), example=shown)}
     paths["/v1/score"]["post"]["description"] = _RULES.format(limits=limits)

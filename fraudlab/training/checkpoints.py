@@ -21,7 +21,7 @@ def _hash(state: Any) -> str:
     "SHA-256 of a tree of arrays."
     return weights_hash({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
-# %% ../../nbs/40_training/10_checkpoints.ipynb #ffb1fe33
+# %% ../../nbs/40_training/10_checkpoints.ipynb #3dbb5704
 class OtherTraining(ValueError):
     "A folder of checkpoints belongs to another training."
 
@@ -47,7 +47,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        "The newest step and its state, shaped as `like`; `(0, like)` if nothing was kept. Raises `OtherTraining`; `ValueError` for damaged files."
+        "The newest step and its state, shaped as `like`; `(0, like)` if none is kept. Raises `OtherTraining`; `ValueError` if damaged."
         step = self._manager.latest_step()
         if step is None: return 0, like
         read = lambda **items: self._manager.restore(step, args=ocp.args.Composite(**items))

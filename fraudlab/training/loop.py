@@ -66,7 +66,7 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     adamw = optax.adamw(schedule(recipe, steps), weight_decay=recipe.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
 
-# %% ../../nbs/40_training/20_loop.ipynb #3e80c7b5
+# %% ../../nbs/40_training/20_loop.ipynb #69aef7f9
 @partial(jax.jit, static_argnames=("model", "objective", "recipe", "steps"), donate_argnames="state")
 def advance(
     state: dict, fixed: Weights, inputs: Inputs, labels: Float32[Array, "B"], known: Bool[Array, "B"], *,
@@ -77,15 +77,17 @@ def advance(
     loss, gradient = jax.value_and_grad(loss_of)(state["weights"])
     with jax.numpy_dtype_promotion("standard"):                                    # Optax multiplies whole numbers with real ones
         updates, moments = make_optimizer(recipe, steps).update(gradient, state["optimizer"], state["weights"])
-    sums = {"loss": state["sums"]["loss"] + loss, "gradient_norm": state["sums"]["gradient_norm"] + optax.tree.norm(gradient)}
-    return {"weights": optax.apply_updates(state["weights"], updates), "optimizer": moments, "sums": sums}
+    weights = optax.apply_updates(state["weights"], updates)
+    figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "weight_norm": optax.tree.norm(weights)}
+    return {"weights": weights, "optimizer": moments, "sums": {key: state["sums"][key] + value for key, value in figures.items()}}
 
-# %% ../../nbs/40_training/20_loop.ipynb #248335d2
-def refuse_non_finite(loss: float, first: int, last: int) -> None:
-    "Raise `FloatingPointError` where the loss summed over steps `first` to `last` is not finite."
-    if not np.isfinite(loss):
-        raise FloatingPointError(f"The loss became {loss} between steps {first} and {last}. Lower the recipe's learning_rate (or its clip), "
-                                 "and look for extreme values in the columns. What was kept before is intact.")
+# %% ../../nbs/40_training/20_loop.ipynb #74162859
+def refuse_non_finite(sums: dict[str, float], first: int, last: int) -> None:
+    "Raise `FloatingPointError` where one of the figures summed over steps `first` to `last` is not finite."
+    for name, total in sums.items():
+        if not np.isfinite(total):
+            raise FloatingPointError(f"{name} became {total} between steps {first} and {last}. Lower the recipe's learning_rate or its clip, "
+                                     "and look for extreme values in the columns. What was kept before is intact.")
 
 # %% ../../nbs/40_training/20_loop.ipynb #deb05172
 def describe(
@@ -96,7 +98,7 @@ def describe(
     named = {"name": type(objective).__name__.lower(), **asdict(objective)}
     return {"model": to_dict(model), "objective": named, "recipe": asdict(recipe), "seed": seed, "data": weights_hash(arrays)}
 
-# %% ../../nbs/40_training/20_loop.ipynb #935bb54d
+# %% ../../nbs/40_training/20_loop.ipynb #eb811996
 SAMPLE = 20_000   # training payments that scales and edges are fitted on
 
 def train(
@@ -113,7 +115,7 @@ def train(
     weights = dict(model.init(sample, seed))
     fixed = {key: weights.pop(key) for key in list(weights) if key.startswith("fixed.")}
 
-    zeros = lambda: {"loss": np.zeros((), np.float32), "gradient_norm": np.zeros((), np.float32)}
+    zeros = lambda: {key: np.zeros((), np.float32) for key in ("loss", "gradient_norm", "weight_norm")}
     state = {"weights": weights, "optimizer": make_optimizer(recipe, steps).init(weights), "sums": zeros()}
     step_on = partial(advance, model=model, objective=objective, recipe=recipe, steps=steps)
 
@@ -133,10 +135,12 @@ def train(
             bar.update()
 
             reports, keeps = step % recipe.log_every == 0 or step == steps, step % recipe.checkpoint_every == 0 or step == steps
-            if reports or keeps: refuse_non_finite(float(state["sums"]["loss"]), step - (step - 1) % recipe.log_every, step)
+            if not (reports or keeps): continue
+            over = (step - 1) % recipe.log_every + 1                               # steps since the last report
+            sums = {key: float(total) for key, total in state["sums"].items()}
+            refuse_non_finite(sums, step - over + 1, step)
             if reports:
-                over = (step - 1) % recipe.log_every + 1
-                figures = {key: float(total) / over for key, total in state["sums"].items()}
+                figures = {key: total / over for key, total in sums.items()}
                 figures["learning_rate"] = float(schedule(recipe, steps)(step - 1))
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 if log: log(step, figures)

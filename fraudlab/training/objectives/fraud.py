@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['Fraud']
 
-# %% ../../../nbs/40_training/objectives/fraud.ipynb #66a856e9
+# %% ../../../nbs/40_training/objectives/fraud.ipynb #d85e807a
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float32
 
 from ...core.registry import register
 
-# %% ../../../nbs/40_training/objectives/fraud.ipynb #53bfe792
+# %% ../../../nbs/40_training/objectives/fraud.ipynb #016406c4
 @register("objective")
 @dataclass(frozen=True)
 class Fraud:
@@ -24,6 +23,7 @@ class Fraud:
     focal: float = 0.0             # 0: plain cross-entropy
 
     def __call__(self, logits: Float32[Array, "B"], labels: Float32[Array, "B"], known: Bool[Array, "B"]) -> Float32[Array, ""]:
-        loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal)        # gamma = 0 is the plain cross-entropy
+        loss = optax.sigmoid_binary_cross_entropy(logits, labels)
+        if self.focal: loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal)
         weight, counts = jnp.where(labels > 0, self.positive_weight, 1.0), known.astype(jnp.float32)
         return (loss * weight * counts).sum() / jnp.maximum(counts.sum(), 1)
