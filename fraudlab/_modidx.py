@@ -57,7 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fraudlab.core.runner._execute': ('00_core/runner.html#_execute', 'fraudlab/core/runner.py'),
                                       'fraudlab.core.runner._failure': ('00_core/runner.html#_failure', 'fraudlab/core/runner.py'),
                                       'fraudlab.core.runner._folder_for': ('00_core/runner.html#_folder_for', 'fraudlab/core/runner.py'),
-                                      'fraudlab.core.runner._kernel_in': ('00_core/runner.html#_kernel_in', 'fraudlab/core/runner.py'),
+                                      'fraudlab.core.runner._kernel': ('00_core/runner.html#_kernel', 'fraudlab/core/runner.py'),
                                       'fraudlab.core.runner._typed': ('00_core/runner.html#_typed', 'fraudlab/core/runner.py'),
                                       'fraudlab.core.runner._versions': ('00_core/runner.html#_versions', 'fraudlab/core/runner.py'),
                                       'fraudlab.core.runner.checked': ('00_core/runner.html#checked', 'fraudlab/core/runner.py'),

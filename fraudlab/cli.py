@@ -63,7 +63,7 @@ def _run(target: str, parameter: list[str], fresh: bool, console) -> dict:
     note = {"purpose": file.purpose, "expected": file.expected} if file else {}
     with watch(Step(flow, flow)) as progress: return {flow: run_flow(flow, (file.parameters if file else {}) | given, fresh, progress, note)}
 
-# %% ../nbs/cli.ipynb #94a1022b
+# %% ../nbs/cli.ipynb #e0a5cd3a
 @contextmanager
 def _watch(step, console):
     "A progress bar for one step, with the last line that the notebook printed; a plain line at the end where there is no terminal."
@@ -72,7 +72,7 @@ def _watch(step, console):
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     columns = TextColumn("{task.fields[name]:<12}"), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}", style="dim")
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("", total=1.0, name=step.name)
         width = max(20, console.width - 52)
         yield lambda done, text: bars.update(bar, completed=done, description=text[:width].replace("[", r"\["))

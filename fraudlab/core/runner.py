@@ -108,7 +108,7 @@ def inputs_hash(cells: list[dict], parameters: dict, data: dict[str, str], lock:
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return text_hash(json.dumps([code, parameters, data, package_hash(), lock], sort_keys=True))
 
-# %% ../../nbs/00_core/40_runner.ipynb #2b3849d8
+# %% ../../nbs/00_core/40_runner.ipynb #098d6e63
 class FlowError(RuntimeError):
     "A flow that failed: says which cell, with what error, and where the notebook is."
 
@@ -118,7 +118,7 @@ def _failure(flow: str, notebook: Path, e: Exception) -> FlowError:
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)).strip().splitlines()
         return FlowError(f"Flow '{flow}' failed in cell {e.exec_count}: {e.ename}: {e.evalue}\n\n" + "\n".join(trace[-14:]) + f"\n\nThe executed notebook: {shown}")
     return FlowError(f"Flow '{flow}' stopped: its kernel died ({type(e).__name__}: {e}). It was killed, or ran out of memory. "
-                     f"Run it again to go on where it stopped. The notebook up to there: {shown}")
+                     f"Run it again to go on where it stopped. The notebook up to there: {shown}; what the process printed: {shown.rpartition('/')[0]}/kernel.log")
 
 # %% ../../nbs/00_core/40_runner.ipynb #119e3f8a
 @contextmanager
@@ -202,19 +202,21 @@ def _environment(**variables):
     finally:
         for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../../nbs/00_core/40_runner.ipynb #e40ca273
-def _kernel_in(folder: str) -> type:
-    "Kernel manager whose sockets lie in `folder`."
+# %% ../../nbs/00_core/40_runner.ipynb #83ae6b0b
+def _kernel(sockets: str, log: Path) -> type:
+    "Kernel manager whose sockets lie in the folder `sockets`; what the process itself prints goes to `log`."
     from jupyter_client import AsyncKernelManager
     from traitlets import default
     class Kernel(AsyncKernelManager):
         @default("transport")
         def _transport(self): return "ipc"
         @default("ip")
-        def _ip(self): return f"{folder}/kernel"
+        def _ip(self): return f"{sockets}/kernel"
+        async def _async_launch_kernel(self, kernel_cmd, **options):
+            with open(log, "ab") as output: await super()._async_launch_kernel(kernel_cmd, stdout=output, stderr=output, **options)
     return Kernel
 
-# %% ../../nbs/00_core/40_runner.ipynb #4b9bcf26
+# %% ../../nbs/00_core/40_runner.ipynb #b52de5a1
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
     "Execute the notebook into `folder`; returns seconds by cell and in all."
     import papermill
@@ -230,7 +232,7 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
         with tempfile.TemporaryDirectory() as sockets, _environment(**variables):
-            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel_in(sockets), cwd=str(s.root), progress_bar=False, coalesce_streams=True,
+            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log"), cwd=str(s.root), progress_bar=False, coalesce_streams=True,
                                        stdout_file=tail, stderr_file=tail, on_cell_executed=lambda cell, cell_index, execute_reply: cell_done(cell, cell_index))
     except Exception as e: raise _failure(flow, output, e) from e
     return {"seconds": round(time.perf_counter() - started, 2), "cells": done}

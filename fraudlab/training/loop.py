@@ -81,12 +81,12 @@ def advance(
     figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "weight_norm": optax.tree.norm(weights)}
     return {"weights": weights, "optimizer": moments, "sums": {key: state["sums"][key] + value for key, value in figures.items()}}
 
-# %% ../../nbs/40_training/20_loop.ipynb #74162859
+# %% ../../nbs/40_training/20_loop.ipynb #54680430
 def refuse_non_finite(sums: dict[str, float], first: int, last: int) -> None:
     "Raise `FloatingPointError` where one of the figures summed over steps `first` to `last` is not finite."
     for name, total in sums.items():
         if not np.isfinite(total):
-            raise FloatingPointError(f"{name} became {total} between steps {first} and {last}. Lower the recipe's learning_rate or its clip, "
+            raise FloatingPointError(f"{name} became {total} between steps {first} and {last}. Lower the recipe's learning_rate or clip, "
                                      "and look for extreme values in the columns. What was kept before is intact.")
 
 # %% ../../nbs/40_training/20_loop.ipynb #deb05172
