@@ -27,7 +27,7 @@ def _plain_errors():
         typer.secho(str(e), fg="red", err=True)
         raise typer.Exit(1) from None
 
-# %% ../nbs/cli.ipynb #c6befa31
+# %% ../nbs/cli.ipynb #1efd7f06
 @app.command()
 def run(
     target: Annotated[str, typer.Argument(help="A parameter file (params/…yaml) or the name of a flow (see `fraudlab list flows`).")],
@@ -43,10 +43,9 @@ def run(
 
     from fraudlab.core.runner import tcmalloc
     console = Console()
-    with _plain_errors():
-        if not tcmalloc(): console.print("tcmalloc is not installed; glibc's allocator is tuned instead. With it, training is a little faster: apt-get install libtcmalloc-minimal4", style="dim")
-        runs = _run(target, parameter, fresh, console)
+    with _plain_errors(): runs = _run(target, parameter, fresh, console)
     _summary(runs, console)
+    if not tcmalloc(): console.print("\nWith tcmalloc, training is a little faster: apt-get install libtcmalloc-minimal4", style="dim", soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #002da8bb
 def _run(target: str, parameter: list[str], fresh: bool, console) -> dict:
