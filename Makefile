@@ -26,7 +26,7 @@ quickstart: install   ## from raw payments to a served, verified score, in under
 	$(BIN)/fraudlab run params/pipelines/quickstart.yaml
 
 lab: install     ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: install notebooks rooms style lessons pytest   ## the whole suite
 

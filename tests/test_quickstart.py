@@ -44,7 +44,7 @@ def test_it_ends_with_a_table_the_notebooks_and_the_line_that_scores(lab, first)
         "forest",
         "boosted",
         "history",
-        "card precision@100",
+        "Card precision@100",
         "evaluate.ipynb",
         "curl -s http://127.0.0.1:3000/v1/score",
     ):

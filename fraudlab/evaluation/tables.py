@@ -62,13 +62,14 @@ def table(
     level: float = 0.95,                                   # that the intervals were made with
     title: str = "Models on the same payments",
 ) -> Comparison:
-    "Models in rows, metrics in columns: `value (low to high)`."
+    "Models in rows, metrics in columns: `value (low–high)`, or `value (low to high)` where signed."
     metrics = list(metrics)
     refuse_unknown(metrics, LABELS, "metric")
     number = "{:+.3f}" if signed else "{:.3f}"
     def cell(result, name):
         if name not in result: return "–"
-        return f"{number} ({number} to {number})".format(*(result[f"{name}{end}"] for end in ("", ".low", ".high"))).replace("-", "−")
+        between = " to " if signed else "–"
+        return f"{number} ({number}{between}{number})".format(*(result[f"{name}{end}"] for end in ("", ".low", ".high"))).replace("-", "−")
     drawn = "payers" if any("cp100" in result for result in results.values()) else "payments"
     rows = [[model, *(cell(result, name) for name in metrics)] for model, result in results.items()]
     header = ["Model", *(LABELS[name] for name in metrics)]
