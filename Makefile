@@ -47,5 +47,5 @@ readme: install  ## README.md from nbs/index.ipynb
 lock:            ## requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock
 
-clean:           ## remove what was made: the environment, runs, data, bundles
+clean:           ## remove the environment and what building left
 	rm -rf .venv build dist *.egg-info

@@ -77,7 +77,7 @@ def _watch(step, console):
         yield lambda done, text: bars.update(bar, completed=done, description=text[:width].replace("[", r"\["))
     console.print(f"{step.name:<12} {time.perf_counter() - started:6.1f} s", highlight=False)
 
-# %% ../nbs/cli.ipynb #3089fa12
+# %% ../nbs/cli.ipynb #d2546aa5
 def _summary(runs: dict, console):
     from fraudlab.core.settings import relative
     from fraudlab.evaluation.tables import table
@@ -87,7 +87,8 @@ def _summary(runs: dict, console):
         console.print(table(by_model, title=f"Test period: {run.outputs['rows']:,} payments, {run.outputs['frauds']:,} frauds"))
     for name, run in runs.items():
         console.print(f"{name:<12} {relative(run.folder)}/{run.result['flow']}.ipynb", highlight=False, soft_wrap=True)
-        if "bundle" in run.outputs: console.print(f"{'bundle':<12} {run.outputs['bundle']}", highlight=False, soft_wrap=True)
+        for made in ("bundle", "bento"):
+            if made in run.outputs: console.print(f"{made:<12} {run.outputs[made]}", highlight=False, soft_wrap=True)
     for run in runs.values():
         for title, text in run.outputs.get("next", {}).items(): console.print(f"\n[bold]{title}[/bold]\n{text}".replace("[{", r"\[{"), highlight=False, soft_wrap=True)
     if not judged: console.print_json(json.dumps({name: run.metrics for name, run in runs.items()}))
@@ -181,7 +182,7 @@ def _devices(device: str):
         return "devices", f"{', '.join(str(d) for d in jax.devices())} (device = {device})", "ok", ""
     except (ImportError, RuntimeError) as e: return "devices", str(e).splitlines()[0], "bad", "set device = auto in settings.ini"
 
-# %% ../nbs/cli.ipynb #3c54c05c
+# %% ../nbs/cli.ipynb #47be2440
 @app.command()
 def serve(
     bundle: Annotated[str, typer.Option(help="Bundle folder; default the newest in the lab's bundles folder.")] = "",
@@ -197,12 +198,12 @@ def serve(
         from fraudlab.core.settings import settings
         s = settings()
         folder = Path(s.root, bundle or s.bundle or s.bundles / "latest").resolve()
-        if not folder.is_dir(): raise ValueError(f"No bundle at {folder}. Make one with `fraudlab run params/pipelines/quickstart.yaml`, or name one with --bundle.")
+        if not (folder / "bundle.json").is_file(): raise ValueError(f"No bundle at {folder}. Make one with `fraudlab run params/pipelines/quickstart.yaml`, or name one with --bundle.")
         os.environ.update(library_variables())
         from fraudlab.serving.bento import serve as serve_bundle
         serve_bundle(folder, host=host, port=port, **({"state": state} if state else {}))
 
-# %% ../nbs/cli.ipynb #004294d1
+# %% ../nbs/cli.ipynb #8be7ee17
 @app.command()
 def score(
     payments: Annotated[str, typer.Argument(help="JSON file with one payment or a list of payments; - for standard input.")],
@@ -211,10 +212,10 @@ def score(
     """Score payments with a running service (see `fraudlab serve`) and print its answer. FRAUDLAB_API_KEY is shown to the service if it is set."""
     import urllib.error
     import urllib.request
-    body = sys.stdin.buffer.read() if payments == "-" else Path(payments).read_bytes()
     headers = {"Content-Type": "application/json"} | ({"X-API-Key": os.environ["FRAUDLAB_API_KEY"]} if "FRAUDLAB_API_KEY" in os.environ else {})
     with _plain_errors():
         if not url.startswith(("http://", "https://")): raise ValueError(f"--url {url}: must start with http:// or https://.")
+        body = sys.stdin.buffer.read() if payments == "-" else Path(payments).read_bytes()
         try: answer = urllib.request.urlopen(urllib.request.Request(f"{url}/v1/score", body, headers), timeout=30).read()
         except urllib.error.HTTPError as e: raise ValueError(f"The service refused ({e.code}): {e.read().decode()}") from e
         except urllib.error.URLError as e: raise ValueError(f"No service at {url} ({e.reason}). Start one with `fraudlab serve`.") from e

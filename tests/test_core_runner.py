@@ -141,6 +141,7 @@ steps:
             "'later' is no parameter or earlier step",
         ),
         ([{"flow": "double"}, {"flow": "double"}], "two steps are called 'double'"),
+        ([{"flow": "double"}, {"flow": "double", "as": "b", "with": {"x": "{double.foldr}"}}], "Did you mean 'folder'"),
         ([{"flow": "double", "width": {}}], "unknown field `width`"),
     ],
 )
@@ -150,6 +151,37 @@ def test_a_wrong_pipeline_is_refused_before_its_first_step(lab, add_flow, steps,
     with pytest.raises(ValueError, match=message):
         pipelines.run_steps("wrong.yaml")
     assert not (lab / "runs").exists()
+
+
+def test_a_value_of_another_type_than_the_pipelines_parameter_is_refused(lab, add_flow):
+    add_flow("double", "x: int = 1", FINISH)
+    (lab / "p.yaml").write_text("{purpose: p, expected: e, parameters: {x: 1}, steps: [{flow: double, with: {x: '{x}'}}]}")
+    with pytest.raises(ValueError, match=r"Parameter 'x' of p.yaml is 'many', str: it must be int"):
+        pipelines.run_steps("p.yaml", ["x=many"])
+    assert not (lab / "runs").exists()
+
+
+def test_two_runs_of_the_same_inputs_do_not_run_at_once(lab, add_flow):
+    add_flow("slow", "x: int = 1", "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(3)", FINISH)
+    process = subprocess.Popen([sys.executable, "-c", "from fraudlab.core.runner import run_flow; run_flow('slow')"])
+    while not (lab / "started").exists() and process.poll() is None:
+        time.sleep(0.05)
+    with pytest.raises(runner.FlowError, match="is being run with the same inputs just now"):
+        runner.run_flow("slow")
+    assert process.wait() == 0
+    assert len(list((lab / "runs" / "slow").glob("[0-9]*"))) == 1
+
+
+def test_a_run_whose_output_is_gone_is_run_again(lab, add_flow):
+    add_flow(
+        "make",
+        "x: int = 1",
+        "import pathlib\npathlib.Path('made').touch()\nfrom fraudlab.core.runs import finish\nfinish({}, {'made': ['made']})",
+    )
+    first = runner.run_flow("make")
+    assert runner.run_flow("make").id == first.id
+    (lab / "made").unlink()
+    assert runner.run_flow("make").id != first.id
 
 
 def test_every_flow_of_the_lab_declares_its_parameters():

@@ -88,6 +88,16 @@ def test_offline_and_online_equal_the_reference(rows):
             assert online[w.name] == expected, (w, "online")
 
 
+def test_a_late_payment_sees_its_own_windows():
+    window = Window("count", "payer", "count", 1)
+    events, features = NO_EVENTS, FeatureSet((window,))
+    hours = lambda h: microseconds(START) + h * 3_600_000_000  # noqa: E731
+    for h in (0, 1, 2, 27):
+        events = add(events, event(hours(h), 1.0), horizon(features, "payer"))
+    late = add(events, event(hours(3), 1.0), horizon(features, "payer"))
+    assert features_at(features, START + timedelta(hours=3), {"payer": late}) == {"count": 3.0}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(payment, min_size=2, max_size=20).map(lambda rows: sorted(rows, key=lambda r: r[0])), st.data())
 def test_what_is_seen_at_a_time_does_not_move_when_the_future_changes(rows, data):

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +84,30 @@ def test_no_path_of_this_machine_is_in_a_result(lab, first):
     for name, result in results(lab).items():
         outputs = json.dumps(result["outputs"]).replace(lab["FRAUDLAB_RUNS"], "").replace(lab["FRAUDLAB_BUNDLES"], "")
         assert not re.search(rf"{re.escape(str(ROOT))}|/(home|root)/", outputs), name
+
+
+def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
+    """SIGKILL to the command and its kernel in the middle of training; the same command again; and one that was left alone."""
+    command = [Path(sys.executable).parent / "fraudlab", "run", "train", "-p", "model=history"]
+    command += ["-p", "recipe={epochs: 4, checkpoint_every: 20, batch: 64}", "-p", "options={width: 16, layers: 1, history: 7}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=lab, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs, deadline = Path(lab["FRAUDLAB_RUNS"]) / "train", time.monotonic() + 90
+    while not (kept := list(runs.glob("*/checkpoints/40"))) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = kept[0].parents[1]
+    assert not (folder / "result.json").exists(), "killed too late: it had finished"
+
+    again = subprocess.run(command, cwd=ROOT, env=lab, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    resumed = json.loads((folder / "result.json").read_text())["outputs"]["weights_sha256"]
+    subprocess.run([*command, "--fresh"], cwd=ROOT, env=lab, check=True, stdout=subprocess.DEVNULL)
+    alone = json.loads((runs / "latest" / "result.json").read_text())
+    assert alone["id"] != folder.name
+    assert alone["outputs"]["weights_sha256"] == resumed
+    print(f"killed and resumed {resumed[:16]}, left alone {alone['outputs']['weights_sha256'][:16]}")
 
 
 def test_list_and_doctor_know_what_there_is(lab):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'ParameterFile', 'read_parameter_file', 'fill', 'check_steps', 'declared_by', 'references', 'run_steps']
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #c28c72b2
+# %% ../../nbs/00_core/50_pipelines.ipynb #7bdc30d9
 import json
 import string
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from .errors import closest, refuse_unknown
-from .runner import Parameter, checked, declared, flow_path, flows, parse_assignments, run_flow
+from .runner import Parameter, checked, declared, flow_path, flows, parse_assignments, run_flow, typed
 from .runs import Run
 from .settings import relative
 
@@ -76,18 +76,23 @@ def fill(value, names: dict):
     except KeyError as e: raise ValueError(f"'{value}' refers to '{e.args[0]}'. {closest(e.args[0], names)}") from e
     except (AttributeError, ValueError, IndexError) as e: raise ValueError(f"'{value}': {e}. A step has folder, id, outputs and metrics.") from e
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #0887d2ab
+# %% ../../nbs/00_core/50_pipelines.ipynb #09827a77
 def check_steps(file: ParameterFile, path: str | Path):
     "Raise `ValueError` for a step whose flow, parameters or references do not exist."
-    known = set(file.parameters)
+    known, steps = set(file.parameters), set()
     for step in file.steps:
         refuse_unknown([step.flow], flows(), f"flow (step '{step.name}' of {path})")
-        refuse_unknown(references(step.given), known, f"parameter or earlier step of {path}")
+        if step.name in file.parameters: raise ValueError(f"{path}: '{step.name}' is a parameter and a step. Give the step another name with 'as'.")
+        for reference in references(step.given):
+            name, _, part = reference.partition(".")
+            refuse_unknown([name], known, f"parameter or earlier step of {path}")
+            if name in steps: refuse_unknown([part.partition(".")[0]], ("folder", "id", "outputs", "metrics"), f"part of step '{name}' ({path})")
         plain = {name: value for name, value in step.given.items() if not references(value)}
         kinds = declared_by(step.flow)
         refuse_unknown(step.given, kinds, f"parameter of flow '{step.flow}'")
         checked(plain, kinds, step.flow)
         known.add(step.name)
+        steps.add(step.name)
 
 def declared_by(flow: str) -> dict[str, Parameter]: return declared(json.loads(flow_path(flow).read_text())["cells"], flow)
 
@@ -95,9 +100,9 @@ def references(value) -> set[str]:
     "Names that `value` refers to."
     if isinstance(value, dict): value = list(value.values())
     if isinstance(value, list): return set().union(*map(references, value))
-    return {name.split(".")[0] for _, name, _, _ in string.Formatter().parse(value) if name} if isinstance(value, str) else set()
+    return {name for _, name, _, _ in string.Formatter().parse(value) if name} if isinstance(value, str) else set()
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #473ed574
+# %% ../../nbs/00_core/50_pipelines.ipynb #99637843
 def run_steps(
     path: str | Path,                        # a parameter file with steps
     assignments: list[str] = (),             # "name=value" texts that change its parameters
@@ -108,6 +113,7 @@ def run_steps(
     file = read_parameter_file(path)
     given = parse_assignments(assignments, {k: type(v) for k, v in file.parameters.items()})
     refuse_unknown(given, file.parameters, f"parameter of {path}")
+    for name, value in given.items(): typed(value, Parameter(name, type(file.parameters[name]), file.parameters[name]), str(path))
     check_steps(file, path)
     names = {k: _Text(v) if isinstance(v, str) else v for k, v in (file.parameters | given).items()}
     note, runs = {"purpose": file.purpose, "expected": file.expected, "file": relative(Path(path).resolve())}, {}

@@ -44,6 +44,7 @@ def payer_draws(
     seed: int = 0,      # same seed, same draws, for every model that scored these payments
 ) -> Iterator[np.ndarray]:
     "Draws of payers with replacement: `[payers]` how often each was drawn."
+    if draws < 1: raise ValueError(f"draws = {draws}: must be 1 or more; 200 is usual.")
     rng, number = np.random.default_rng(seed), int(ranked.cluster.max()) + 1
     totals = lambda values: np.bincount(ranked.cluster, values, minlength=number)
     lost, genuine = totals(ranked.fraud * ranked.amount), totals(1 - ranked.fraud)

@@ -24,16 +24,16 @@ def microseconds(time: datetime) -> int:
     "Microseconds since 1970 of a time with a zone."
     return int(round((time.timestamp() * 1e6))) if time.microsecond == 0 else int(time.timestamp()) * 1_000_000 + time.microsecond
 
-# %% ../../nbs/20_features/20_online.ipynb #5f2b0aac
+# %% ../../nbs/20_features/20_online.ipynb #be8d414a
 def add(
     events: np.ndarray,   # of one entity, in time order
     new: np.ndarray,      # one event
     horizon: int,         # microseconds to remember, from `horizon(features, entity)`
 ) -> np.ndarray:
-    "`events` with `new` in its place (after those at the same instant), without those beyond the horizon of the newest."
+    "`events` with `new` in its place (after those at the same instant), without those older than twice the horizon."
     at = np.searchsorted(events["time"], new["time"][0], "right")
     events = np.concatenate([events[:at], new, events[at:]])
-    return events[np.searchsorted(events["time"], events["time"][-1] - horizon, "left"):]
+    return events[np.searchsorted(events["time"], events["time"][-1] - 2 * horizon, "left"):]
 
 def horizon(features: FeatureSet, entity: str) -> int:
     "Microseconds of history that the windows over `entity` need; -1 where there are none."

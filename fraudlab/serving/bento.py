@@ -42,7 +42,7 @@ def chosen(
     s = settings()
     packed = service / "bundle"
     if not s.bundle and not packed.is_dir():
-        raise ValueError("No bundle to serve. Give one: fraudlab serve <bundle>, or set FRAUDLAB_BUNDLE to its folder.")
+        raise ValueError("No bundle to serve. Give one: fraudlab serve --bundle <folder>, or set FRAUDLAB_BUNDLE to its folder.")
     own_key = not s.bundle and "FRAUDLAB_PUBLIC_KEY" not in os.environ
     return s.root / (s.bundle or packed), service / "public.pem" if own_key else s.root / s.public_key
 

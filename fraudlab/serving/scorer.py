@@ -17,7 +17,7 @@ from ..features.online import event, features_at, microseconds
 from ..features.sequences import Inputs
 from .state import Conflict, StateStore, append_history, report
 
-# %% ../../nbs/70_serving/20_scorer.ipynb #de003a98
+# %% ../../nbs/70_serving/20_scorer.ipynb #a856b31c
 class Scorer:
     "Scores payments in the order in which they come, and remembers them."
 
@@ -43,6 +43,7 @@ class Scorer:
     def _see(self, p: dict) -> Inputs:
         "What the model sees of one payment, which is then remembered. A payment that was seen before is not counted twice."
         time, T = microseconds(p["event_time"]), self.bundle.history
+        remembers = T and p["payer_id"] is not None
         ids = {"payer": p["payer_id"] or "", "payee": p["payee_id"] or ""}   # data without entities has neither
         store, new = self.store, event(time, p["amount"])
         whose = (time, *ids.values(), int(new["amount"][0]))
@@ -50,10 +51,10 @@ class Scorer:
         needed = [e for e in ids if store.horizons[e] >= 0]
         events = {e: store.events(e, ids[e]) if known else store.add_event(e, ids[e], new) for e in needed}
         row = self.encoding.encode_one(p | features_at(self.features, p["event_time"], events))
-        past = store.past(ids["payer"]) if T else np.empty(0, store.dtype)
+        past = store.past(ids["payer"]) if remembers else np.empty(0, store.dtype)
         if not known:
             store.put_payments([(p["payment_id"], *whose, NEVER)])
-            if T: store.put_past(ids["payer"], append_history(past, time, row, T))
+            if remembers: store.put_past(ids["payer"], append_history(past, time, row, T))
         return _inputs(row, past[:np.searchsorted(past["time"], time)], time, T)
 
     def _known(self, payment_id: str, whose: tuple[int, str, str, int]) -> bool:
