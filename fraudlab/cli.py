@@ -77,7 +77,7 @@ def _watch(step, console):
         yield lambda done, text: bars.update(bar, completed=done, description=text[:width].replace("[", r"\["))
     console.print(f"{step.name:<12} {time.perf_counter() - started:6.1f} s", highlight=False)
 
-# %% ../nbs/cli.ipynb #d2546aa5
+# %% ../nbs/cli.ipynb #91dc5351
 def _summary(runs: dict, console):
     from fraudlab.core.settings import relative
     from fraudlab.evaluation.tables import table
@@ -90,7 +90,9 @@ def _summary(runs: dict, console):
         for made in ("bundle", "bento"):
             if made in run.outputs: console.print(f"{made:<12} {run.outputs[made]}", highlight=False, soft_wrap=True)
     for run in runs.values():
-        for title, text in run.outputs.get("next", {}).items(): console.print(f"\n[bold]{title}[/bold]\n{text}".replace("[{", r"\[{"), highlight=False, soft_wrap=True)
+        for title, text in run.outputs.get("next", {}).items():
+            console.print(f"\n{title}", style="bold")
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     if not judged: console.print_json(json.dumps({name: run.metrics for name, run in runs.items()}))
 
 # %% ../nbs/cli.ipynb #d155a138
@@ -112,7 +114,7 @@ def list_(kind: Annotated[str, typer.Argument(help="sources, features, models, o
             for name, about in found.items(): table.add_row(plural, name, about)
     Console().print(table)
 
-# %% ../nbs/cli.ipynb #077dd4c2
+# %% ../nbs/cli.ipynb #7d4c600e
 def _about(plugin) -> str:
     "First line of a plug-in's docstring; how many features a feature set has."
     if hasattr(plugin, "features"): return f"{len(plugin.features)} features: {', '.join(plugin.names[:3])}, …"
@@ -124,9 +126,10 @@ def _flow_about(flow: str) -> str:
     from fraudlab.core.runner import flow_path
     first = "".join(json.loads(flow_path(flow).read_text())["cells"][0]["source"])
     about = next((line.removeprefix("> ") for line in first.splitlines() if line.startswith("> ")), "")
-    return f"{about}\n" + "".join(f"  [dim]{p.name}: {p.type.__name__} = {p.default!r}  {p.about}[/dim]\n" for p in declared_by(flow).values()).replace("= [", r"= \[")
+    lines = [f"  [dim]{p.name}: {p.type.__name__} = {p.default!r}  {p.about}[/dim]".replace("= [", r"= \[") for p in declared_by(flow).values()]
+    return "\n".join([about, *lines, ""])
 
-# %% ../nbs/cli.ipynb #6b42d654
+# %% ../nbs/cli.ipynb #6c7d5b9d
 @app.command()
 def doctor():
     "Look at the environment: versions, devices, paths, allocator; say what is missing and how to get it. Ends with code 1 if something needed is missing."
@@ -134,11 +137,12 @@ def doctor():
     from rich.table import Table
     with _plain_errors(): rows = list(_checks())
     table = Table("", "what", "found", "how to get it", box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for what, found, state, cure in rows: table.add_row({"ok": "[green]✓[/green]", "hint": "[yellow]–[/yellow]", "bad": "[red]✗[/red]"}[state], what, found, "" if state == "ok" else cure)
+    marks = {"ok": "[green]✓[/green]", "hint": "[yellow]–[/yellow]", "bad": "[red]✗[/red]"}
+    for what, found, state, cure in rows: table.add_row(marks[state], what, found, "" if state == "ok" else cure)
     Console().print(table)
     if any(state == "bad" for _, _, state, _ in rows): raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #efe50341
+# %% ../nbs/cli.ipynb #0febe5da
 def _checks():
     "What, what was found, its state (ok, hint: works without, bad), and the cure."
     import importlib.util
@@ -149,14 +153,16 @@ def _checks():
     from fraudlab.core.settings import PATHS, settings
     s = settings()
     yield "Python", platform.python_version(), "ok" if (3, 11) <= sys.version_info[:2] < (3, 14) else "bad", "Python 3.11 to 3.13"
-    for extra, packages in {"": ("jax", "flax", "polars", "bentoml"), "lab": ("papermill", "nbdev", "jupyterlab", "mlflow", "altair"), "train": ("optax", "orbax-checkpoint", "scikit-learn", "lightgbm")}.items():
+    needed = {"": ("jax", "flax", "polars", "bentoml"), "lab": ("papermill", "nbdev", "jupyterlab", "mlflow", "altair"),
+              "train": ("optax", "orbax-checkpoint", "scikit-learn", "lightgbm")}
+    for extra, packages in needed.items():
         for package in packages:
             try: yield package, metadata.version(package), "ok", ""
             except metadata.PackageNotFoundError: yield package, "not installed", "bad", f"pip install 'fraudlab[{extra}]'" if extra else "pip install fraudlab"
     if importlib.util.find_spec("lightgbm"): yield _openmp()
     yield _devices(s.device)
     library = tcmalloc()
-    yield "tcmalloc", str(library or "not installed"), "ok" if library else "hint", "apt-get install libtcmalloc-minimal4: training runs 1.1 times faster than with glibc tuned, as here, and 1.4 times faster than untuned"
+    yield "tcmalloc", str(library or "not installed"), "ok" if library else "hint", "apt-get install libtcmalloc-minimal4: training runs a little faster than with glibc tuned, as here"
     for name in PATHS:
         path = getattr(s, name)
         parent = next(p for p in (path, *path.parents) if p.exists())
@@ -182,7 +188,7 @@ def _devices(device: str):
         return "devices", f"{', '.join(str(d) for d in jax.devices())} (device = {device})", "ok", ""
     except (ImportError, RuntimeError) as e: return "devices", str(e).splitlines()[0], "bad", "set device = auto in settings.ini"
 
-# %% ../nbs/cli.ipynb #47be2440
+# %% ../nbs/cli.ipynb #dcd102d4
 @app.command()
 def serve(
     bundle: Annotated[str, typer.Option(help="Bundle folder; default the newest in the lab's bundles folder.")] = "",
@@ -198,7 +204,8 @@ def serve(
         from fraudlab.core.settings import settings
         s = settings()
         folder = Path(s.root, bundle or s.bundle or s.bundles / "latest").resolve()
-        if not (folder / "bundle.json").is_file(): raise ValueError(f"No bundle at {folder}. Make one with `fraudlab run params/pipelines/quickstart.yaml`, or name one with --bundle.")
+        if not (folder / "bundle.json").is_file():
+            raise ValueError(f"No bundle at {folder}. Make one with `fraudlab run params/pipelines/quickstart.yaml`, or name one with --bundle.")
         os.environ.update(library_variables())
         from fraudlab.serving.bento import serve as serve_bundle
         serve_bundle(folder, host=host, port=port, **({"state": state} if state else {}))

@@ -35,12 +35,13 @@ class ParameterFile(msgspec.Struct, forbid_unknown_fields=True):
     steps: list[Step] = []
     parameters: dict[str, object] = {}        # of the flow; or those that the steps share, changed with `-p name=value`
 
-# %% ../../nbs/00_core/50_pipelines.ipynb #b000aacd
+# %% ../../nbs/00_core/50_pipelines.ipynb #2d7a8b59
 def read_parameter_file(path: str | Path) -> ParameterFile:
     "Read and check a parameter file; raises `ValueError` with the place of the fault."
     try: file = msgspec.convert(yaml.safe_load(Path(path).read_text()), ParameterFile)
     except (yaml.YAMLError, msgspec.ValidationError) as e:
-        raise ValueError(f"{path}: {e}. A parameter file has purpose, expected, and either flow and parameters, or steps (each: flow, as, with) and parameters.") from e
+        raise ValueError(f"{path}: {e}. A parameter file has purpose, expected, and either flow and parameters, "
+                         "or steps (each: flow, as, with) and parameters.") from e
     if bool(file.flow) == bool(file.steps): raise ValueError(f"{path}: give either 'flow' or 'steps'.")
     for step in file.steps: step.name = step.name or step.flow
     names = [step.name for step in file.steps]

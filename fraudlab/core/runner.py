@@ -52,16 +52,19 @@ def flows() -> list[str]:
     "Names of all flows."
     return sorted(p.stem for p in (settings().root / "nbs" / "90_flows").glob("[!.]*.ipynb"))
 
-# %% ../../nbs/00_core/40_runner.ipynb #97d2abec
+# %% ../../nbs/00_core/40_runner.ipynb #62146d5a
 def declared(cells: list[dict], flow: str) -> dict[str, Parameter]:
     "Parameters that the notebook of `flow` declares; raises `ValueError` where the declaration is not as described above."
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1: raise ValueError(f"Flow '{flow}' has {len(tagged)} cells tagged 'parameters': it needs exactly one. (nbdev-clean removes tags unless told to keep them.)")
+    if len(tagged) != 1:
+        raise ValueError(f"Flow '{flow}' has {len(tagged)} cells tagged 'parameters': it needs exactly one. "
+                         "(nbdev-clean removes tags unless told to keep them.)")
     lines, found = tagged[0].splitlines(), {}
     for node in ast.parse(tagged[0]).body:
         try: name, kind, default = node.target.id, TYPES[node.annotation.id], ast.literal_eval(node.value)
         except (AttributeError, KeyError, ValueError) as e:
-            raise ValueError(f"Flow '{flow}', parameters cell, '{lines[node.lineno - 1]}': each line must be `name: type = literal`, with a type of {', '.join(TYPES)}.") from e
+            raise ValueError(f"Flow '{flow}', parameters cell, '{lines[node.lineno - 1]}': "
+                             f"each line must be `name: type = literal`, with a type of {', '.join(TYPES)}.") from e
         found[name] = Parameter(name, kind, default, lines[node.end_lineno - 1].partition("  # ")[2].strip())
     return found
 
@@ -78,7 +81,7 @@ def typed(value, p: Parameter, where: str):
     hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if p.type is float and isinstance(value, str) else ""
     raise ValueError(f"Parameter '{p.name}' of {where} is {value!r}, {type(value).__name__}: it must be {p.type.__name__}, such as {p.default!r}{hint}.")
 
-# %% ../../nbs/00_core/40_runner.ipynb #dcb6449a
+# %% ../../nbs/00_core/40_runner.ipynb #df3850fe
 def parse_assignments(
     assignments: list[str],  # "name=value" texts of a command line
     types: dict[str, type],  # the declared type of each name
@@ -89,7 +92,8 @@ def parse_assignments(
         name, sign, value = text.partition("=")
         if not sign: raise ValueError(f"'{text}': give a parameter as name=value.")
         try: given[name] = value if types.get(name) is str else yaml.safe_load(value)
-        except yaml.YAMLError: raise ValueError(f"'{text}': the value is no YAML. Write lists like [a, b], mappings like {{a: 1}}, and quote the whole for the shell.") from None
+        except yaml.YAMLError:
+            raise ValueError(f"'{text}': the value is no YAML. Write lists like [a, b], mappings like {{a: 1}}, and quote the whole.") from None
     return given
 
 # %% ../../nbs/00_core/40_runner.ipynb #ee2272ec
@@ -112,7 +116,7 @@ def inputs_hash(cells: list[dict], parameters: dict, data: dict[str, str], lock:
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return text_hash(json.dumps([code, parameters, data, package_hash(), lock], sort_keys=True))
 
-# %% ../../nbs/00_core/40_runner.ipynb #098d6e63
+# %% ../../nbs/00_core/40_runner.ipynb #730a4ea7
 class FlowError(RuntimeError):
     "A flow that failed: says which cell, with what error, and where the notebook is."
 
@@ -120,11 +124,13 @@ def _failure(flow: str, notebook: Path, e: Exception) -> FlowError:
     shown = relative(notebook)
     if hasattr(e, "ename"):
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)).strip().splitlines()
-        return FlowError(f"Flow '{flow}' failed in cell {e.exec_count}: {e.ename}: {e.evalue}\n\n" + "\n".join(trace[-14:]) + f"\n\nThe executed notebook: {shown}")
+        first = f"Flow '{flow}' failed in cell {e.exec_count}: {e.ename}: {e.evalue}"
+        return FlowError("\n".join([first, "", *trace[-14:], "", f"The executed notebook: {shown}"]))
     return FlowError(f"Flow '{flow}' stopped: its kernel died ({type(e).__name__}: {e}). It was killed, or ran out of memory. "
-                     f"Run it again to go on where it stopped. The notebook up to there: {shown}; what the process printed: {shown.rpartition('/')[0]}/kernel.log")
+                     f"Run it again to go on where it stopped. The notebook up to there: {shown}; "
+                     f"what the process printed: {shown.rpartition('/')[0]}/kernel.log")
 
-# %% ../../nbs/00_core/40_runner.ipynb #b3434a5b
+# %% ../../nbs/00_core/40_runner.ipynb #bb306601
 @contextmanager
 def _alone(flow: str, inputs: str):
     "Hold the only run of `flow` with these inputs; gives the folder of its runs."
@@ -132,7 +138,8 @@ def _alone(flow: str, inputs: str):
     parent.mkdir(parents=True, exist_ok=True)
     with open(parent / f".{inputs[:16]}.lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise FlowError(f"Flow '{flow}' is being run with the same inputs just now. Wait for it, or change a parameter.") from None
+        except BlockingIOError:
+            raise FlowError(f"Flow '{flow}' is being run with the same inputs just now. Wait for it, or change a parameter.") from None
         yield parent
 
 def _finished(flow: str, inputs: str) -> Run | None:
@@ -157,7 +164,7 @@ class _Tail(io.TextIOBase):
         if lines: self.show(lines[-1])
         return len(text)
 
-# %% ../../nbs/00_core/40_runner.ipynb #91f70431
+# %% ../../nbs/00_core/40_runner.ipynb #e3ea5b69
 def run_flow(
     flow: str,                                 # name of a notebook in `nbs/90_flows`
     parameters: dict | None = None,            # declared names to values; the others keep their defaults
@@ -175,7 +182,8 @@ def run_flow(
         run = None if fresh else _finished(flow, record["inputs"])
         if run is None:
             folder = _folder(parent, record["inputs"], fresh)
-            write_text(folder / "params.yaml", yaml.safe_dump({"flow": flow, **(note or {}), "parameters": values}, sort_keys=False, allow_unicode=True))
+            given = {"flow": flow, **(note or {}), "parameters": values}
+            write_text(folder / "params.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
             (folder / "finish.json").unlink(missing_ok=True)
             timings = _execute(flow, notebook, folder, values, progress)
             run = _recorded(folder, record | (note or {}), timings)
@@ -236,7 +244,7 @@ def _kernel(sockets: str, log: Path) -> type:
             with open(log, "ab") as output: await super()._async_launch_kernel(kernel_cmd, stdout=output, stderr=output, **options)
     return Kernel
 
-# %% ../../nbs/00_core/40_runner.ipynb #b52de5a1
+# %% ../../nbs/00_core/40_runner.ipynb #118b9c97
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
     "Execute the notebook into `folder`; returns seconds by cell and in all."
     import papermill
@@ -245,15 +253,16 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     def show(text):
         last[0] = text
         progress(len(done) / total, text)
-    def cell_done(cell, cell_index):
+    def cell_done(cell, cell_index, execute_reply):
         done.append(round(time.perf_counter() - started, 2))
         progress(len(done) / total, last[0])
     output, tail, s = folder / f"{flow}.ipynb", _Tail(show), settings()
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
         with tempfile.TemporaryDirectory() as sockets, _environment(**variables):
-            papermill.execute_notebook(notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log"), cwd=str(s.root), progress_bar=False, coalesce_streams=True,
-                                       stdout_file=tail, stderr_file=tail, on_cell_executed=lambda cell, cell_index, execute_reply: cell_done(cell, cell_index))
+            papermill.execute_notebook(
+                notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log"), cwd=str(s.root),
+                progress_bar=False, coalesce_streams=True, stdout_file=tail, stderr_file=tail, on_cell_executed=cell_done)
     except Exception as e: raise _failure(flow, output, e) from e
     return {"seconds": round(time.perf_counter() - started, 2), "cells": done}
 

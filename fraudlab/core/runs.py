@@ -63,7 +63,7 @@ def run_folder() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/00_core/30_runs.ipynb #6416484c
+# %% ../../nbs/00_core/30_runs.ipynb #f4d22f57
 def finish(
     metrics: dict[str, float],            # dotted names to finite numbers
     outputs: dict[str, object] | None = None, # what later flows need: names to plain data
@@ -71,7 +71,8 @@ def finish(
     "End a flow: its metrics and outputs, for `result.json`. Returns the metrics, so that the notebook shows them."
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) and not hasattr(value, "item") or not math.isfinite(value):
-            raise ValueError(f"Metric '{name}' = {value!r}: must be a finite number. Leave out what could not be computed, and say why in the notebook.")
+            raise ValueError(f"Metric '{name}' = {value!r}: must be a finite number. "
+                             "Leave out what could not be computed, and say why in the notebook.")
     metrics = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
     write_json(run_folder() / "finish.json", {"metrics": metrics, "outputs": outputs or {}})
     return metrics
@@ -89,7 +90,7 @@ class Run(NamedTuple):
     @property
     def outputs(self) -> dict: return self.result["outputs"]
 
-# %% ../../nbs/00_core/30_runs.ipynb #a9fc7aca
+# %% ../../nbs/00_core/30_runs.ipynb #f89f87a8
 def read_run(
     reference: str,   # run folder relative to the lab, such as "runs/train/latest", or "train/latest" within `runs`
 ) -> Run:
@@ -100,7 +101,8 @@ def read_run(
         flows = sorted(f"{p.parent.name}/{p.name}" for p in s.runs.glob("*/*") if (p / "result.json").exists())
         raise ValueError(f"No run '{reference}'. {closest(reference, flows)} Run the flow first: fraudlab run <flow>.")
     if not (folder / "result.json").exists():
-        raise ValueError(f"Run '{reference}' did not finish: it has no result.json. Run it again with the same parameters; it goes on where it stopped.")
+        raise ValueError(f"Run '{reference}' did not finish: it has no result.json. "
+                         "Run it again with the same parameters; it goes on where it stopped.")
     return Run(folder.resolve(), json.loads((folder / "result.json").read_text()))
 
 # %% ../../nbs/00_core/30_runs.ipynb #3a10332f

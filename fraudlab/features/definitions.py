@@ -21,7 +21,7 @@ class Calendar:
 # the same rule for columns and for one payment: weekday (ISO, Monday is 1) and hour
 PARTS = {"weekend": lambda weekday, hour: weekday >= 6, "night": lambda weekday, hour: hour <= 6}
 
-# %% ../../nbs/20_features/00_definitions.ipynb #aad1e9de
+# %% ../../nbs/20_features/00_definitions.ipynb #7fdb4b46
 @dataclass(frozen=True)
 class Window:
     "A number over the earlier payments of the payment's payer or payee; 0 where there are none."
@@ -37,7 +37,8 @@ class Window:
         refuse_unknown([self.take], ("count", "mean_amount", "fraud_share"), f"quantity (window '{self.name}')")
         refuse_unknown([self.closed], ("left", "right"), f"side to close (window '{self.name}')")
         if not self.days > 0: raise ValueError(f"Window '{self.name}' is {self.days} days long: it must be longer than 0.")
-        if not self.delay_days >= 0: raise ValueError(f"Window '{self.name}' ends {self.delay_days} days before the payment: must be 0 or more, or it would see the future.")
+        if not self.delay_days >= 0:
+            raise ValueError(f"Window '{self.name}' ends {self.delay_days} days before the payment: must be 0 or more, or it would see the future.")
 
 # %% ../../nbs/20_features/00_definitions.ipynb #68e7552f
 @dataclass(frozen=True)

@@ -59,10 +59,12 @@ def compute(
             columns[f.name] = pl.Series(_window(entities[f.entity], f, amounts, known).astype(np.float32))
     return pl.DataFrame({"payment_id": payments["payment_id"], **columns})
 
-# %% ../../nbs/20_features/10_offline.ipynb #43832c10
+# %% ../../nbs/20_features/10_offline.ipynb #047cc072
 def _entity(payments: pl.DataFrame, f: Window, times: np.ndarray) -> _Entity:
     ids = payments[f"{f.entity}_id"]
-    if ids.null_count(): raise ValueError(f"Feature '{f.name}' needs a {f.entity}, and {ids.null_count():,} payments have none. Use a feature set without windows, or a source with entities.")
+    if ids.null_count():
+        raise ValueError(f"Feature '{f.name}' needs a {f.entity}, and {ids.null_count():,} payments have none. "
+                         "Use a feature set without windows, or a source with entities.")
     return _Entity(ids, times)
 
 def _window(entity: _Entity, f: Window, amounts: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def window_value(w: Window, events: np.ndarray, t: int) -> float:
     if w.take == "mean_amount": return seen["amount"].sum() / MONEY / len(seen)
     return np.count_nonzero(seen["known"] < t if w.closed == "left" else seen["known"] <= t) / len(seen)
 
-# %% ../../nbs/20_features/20_online.ipynb #1ef22cec
+# %% ../../nbs/20_features/20_online.ipynb #9c370bc8
 def features_at(
     features: FeatureSet,
     time: datetime,                        # of the payment, UTC
@@ -56,4 +56,6 @@ def features_at(
 ) -> dict[str, float]:
     "Every feature of one payment, by name, equal to what the offline engine gives it."
     t = microseconds(time)
-    return {f.name: float(np.float32(PARTS[f.part](time.isoweekday(), time.hour) if isinstance(f, Calendar) else window_value(f, events[f.entity], t))) for f in features.features}
+    def value(f: Calendar | Window) -> float:
+        return PARTS[f.part](time.isoweekday(), time.hour) if isinstance(f, Calendar) else window_value(f, events[f.entity], t)
+    return {f.name: float(np.float32(value(f))) for f in features.features}

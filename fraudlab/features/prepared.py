@@ -89,37 +89,41 @@ def read(
     dataset = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
     return Prepared(payments, labels, dataset, encoding, features["part"], datetime.fromisoformat(result["periods"]["test_start"]), result)
 
-# %% ../../nbs/20_features/50_prepared.ipynb #44e430b2
+# %% ../../nbs/20_features/50_prepared.ipynb #17c74d38
 PUBLISHED = {"weekend": "TX_DURING_WEEKEND", "night": "TX_DURING_NIGHT"} | {f"{entity}_{ours}_{d}d": f"{theirs}_{d}DAY_WINDOW"
     for d in (1, 7, 30) for entity, ours, theirs in (("payer", "count", "CUSTOMER_ID_NB_TX"), ("payer", "mean_amount", "CUSTOMER_ID_AVG_AMOUNT"),
                                                      ("payee", "count", "TERMINAL_ID_NB_TX"), ("payee", "risk", "TERMINAL_ID_RISK"))}
 
 def _published(frame: pl.DataFrame, names) -> pl.DataFrame:
-    return frame.select(pl.col("TRANSACTION_ID").cast(pl.String).alias("payment_id"), *(pl.col(PUBLISHED[n]).cast(pl.Float32).alias(n) for n in names))
+    ids = pl.col("TRANSACTION_ID").cast(pl.String).alias("payment_id")
+    return frame.select(ids, *(pl.col(PUBLISHED[n]).cast(pl.Float32).alias(n) for n in names))
 
-# %% ../../nbs/20_features/50_prepared.ipynb #163ad6ee
+# %% ../../nbs/20_features/50_prepared.ipynb #27adced5
 def published_order(
     payments: pl.DataFrame,
     published: pl.DataFrame,  # the published file
 ) -> np.ndarray:
     "[M] rows of `payments` with those of one payer at one instant in the order in which the published file counts them."
-    tied = payments.select("payment_id", "payer_id", "event_time").with_row_index("row").filter(pl.struct("payer_id", "event_time").is_duplicated())
+    group = ["payer_id", "event_time"]
+    tied = payments.select("payment_id", *group).with_row_index("row").filter(pl.struct(group).is_duplicated())
     counted = tied.join(_published(published, ["payer_count_30d"]), on="payment_id", how="left")
-    moved = counted.select(place=pl.col("row").sort().over("payer_id", "event_time"), row=pl.col("row").sort_by("payer_count_30d").over("payer_id", "event_time"))
+    moved = counted.select(place=pl.col("row").sort().over(group), row=pl.col("row").sort_by("payer_count_30d").over(group))
     order = np.arange(len(payments))
     order[moved["place"]] = moved["row"]
     return order
 
-# %% ../../nbs/20_features/50_prepared.ipynb #8bd45c69
+# %% ../../nbs/20_features/50_prepared.ipynb #1fb3b159
 def compare_published(
     features: pl.DataFrame,    # payment_id and the 14 features of the set `handbook`
     published: pl.DataFrame,   # the published file
 ) -> pl.DataFrame:
     "For each feature: the largest absolute difference, and how many rows differ by more than float32 rounding (1e-6 of the value)."
     joined = features.join(_published(published, PUBLISHED), on="payment_id", suffix="_published")
-    if len(joined) != len(features): raise ValueError(f"{len(features):,} payments, but {len(joined):,} of them are in the published file. Is it of the same data?")
+    if len(joined) != len(features):
+        raise ValueError(f"{len(features):,} payments, but {len(joined):,} of them are in the published file. Is it of the same data?")
     rows = []
     for name in PUBLISHED:
         ours, theirs = joined[name].cast(pl.Float64), joined[f"{name}_published"].cast(pl.Float64)
-        rows.append({"feature": name, "largest": (ours - theirs).abs().max(), "rows_that_differ": ((ours - theirs).abs() > 1e-6 * (1 + theirs.abs())).sum()})
+        gap = (ours - theirs).abs()
+        rows.append({"feature": name, "largest": gap.max(), "rows_that_differ": (gap > 1e-6 * (1 + theirs.abs())).sum()})
     return pl.DataFrame(rows)

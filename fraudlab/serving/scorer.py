@@ -17,7 +17,7 @@ from ..features.online import event, features_at, microseconds
 from ..features.sequences import Inputs
 from .state import Conflict, StateStore, append_history, report
 
-# %% ../../nbs/70_serving/20_scorer.ipynb #a856b31c
+# %% ../../nbs/70_serving/20_scorer.ipynb #1c7aa21e
 class Scorer:
     "Scores payments in the order in which they come, and remembers them."
 
@@ -61,7 +61,8 @@ class Scorer:
         "Whether the payment was seen before; raises `Conflict` if it was another one."
         found = self.store.payment(payment_id)
         if found and found[:4] != whose:
-            raise Conflict("payment_id was used before for a payment with another event_time, payer_id, payee_id or amount: give each payment its own id.")
+            raise Conflict("payment_id was used before for a payment with another event_time, payer_id, payee_id or amount: "
+                           "give each payment its own id.")
         return found is not None
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #8dffdadb
