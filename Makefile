@@ -22,13 +22,17 @@ install: .venv/.done   ## .venv with everything in requirements.lock
 	ln -sf $$(cd .venv/lib && ls python3.11/site-packages/scikit_learn.libs/libgomp*) .venv/lib/libgomp.so.1
 	@touch $@
 
+.venv/.test: .venv/.done requirements-test.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-test.lock
+	@touch $@
+
 quickstart: install   ## from raw payments to a served, verified score, in under five minutes
 	$(BIN)/fraudlab run params/pipelines/quickstart.yaml
 
 lab: install     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: install notebooks rooms style lessons pytest   ## the whole suite
+test: .venv/.test notebooks rooms style lessons pytest   ## the whole suite
 
 notebooks:       ## clean, and in step with the package and the README
 	$(BIN)/python .ci/notebooks.py
@@ -44,8 +48,10 @@ style:
 readme: install  ## README.md from nbs/index.ipynb
 	$(BIN)/python .ci/notebooks.py --readme
 
-lock:            ## requirements.lock from pyproject.toml
-	$(BIN)/uv pip compile --quiet --all-extras --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 pyproject.toml -o requirements.lock
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11
+lock:            ## requirements.lock and requirements-test.lock from pyproject.toml
+	$(LOCK) --extra lab --extra train --extra dev pyproject.toml -o requirements.lock
+	$(LOCK) --group test -c requirements.lock -o requirements-test.lock
 
 clean:           ## remove the environment and what building left
 	rm -rf .venv build dist *.egg-info
