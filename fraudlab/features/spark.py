@@ -21,19 +21,16 @@ from ..core.errors import closest
 from .definitions import (ALL, CORE, EARTH, EXPONENTS, FORGOTTEN, MONEY, Decay, Encoded, Feature, FeatureSet, Risk, Row, Since, Velocity,
                                            Window, adds_amounts, check_table, column, duration, needs, unfitted)
 
-# %% ../../nbs/20_features/20_spark.ipynb #62df34ab
+# %% ../../nbs/20_features/20_spark.ipynb #ca02da05
 def _pyspark():
     "pyspark.sql; `ImportError` that says what is missing, Java or the extra."
     if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
         raise ImportError("Spark needs Java 17 or later, and there is none on the PATH or in JAVA_HOME: install one, such as openjdk-17-jre-headless.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")    # pyspark 4.3 warns of pandas 3, which is not used here
-            import pyspark.sql
+    try: import pyspark.sql
     except ImportError as e: raise ImportError('Features on Spark need pyspark: pip install "fraudlab[spark]".') from e
     return pyspark.sql
 
-# %% ../../nbs/20_features/20_spark.ipynb #677a7b96
+# %% ../../nbs/20_features/20_spark.ipynb #399aeabb
 def session(
     master: str | None = "local[*]",    # None: as spark-submit says
     partitions: int = 16,               # of a shuffle; on a cluster 2 to 3 a core, of 100 to 200 MB
@@ -42,15 +39,16 @@ def session(
 ):
     "The Spark session: UTC, Arrow for frames; local ones without a UI. `ImportError` where Java or pyspark is missing."
     settings = {"spark.sql.session.timeZone": "UTC", "spark.sql.shuffle.partitions": partitions, "spark.sql.execution.arrow.pyspark.enabled": True}
-    if master: settings |= {"spark.master": master, "spark.ui.enabled": False, "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    if master: settings |= {"spark.master": master, "spark.ui.enabled": False, "spark.ui.showConsoleProgress": False, "spark.log.level": "ERROR",
+                            "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
     if warehouse:
         settings |= {"spark.sql.warehouse.dir": str(warehouse), "spark.sql.catalogImplementation": "hive",
                      "spark.hadoop.javax.jdo.option.ConnectionURL": f"jdbc:derby:;databaseName={warehouse}/metastore;create=true"}
     builder = _pyspark().SparkSession.builder.appName("fraudlab")
     for name, value in (settings | {k.replace("__", "."): v for k, v in options.items()}).items(): builder = builder.config(name, value)
-    started = builder.getOrCreate()
-    if master: started.sparkContext.setLogLevel("ERROR")
-    return started
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # pyspark 4.3 warns of pandas 3, which is not used here
+        return builder.getOrCreate()
 
 # %% ../../nbs/20_features/20_spark.ipynb #393b6829
 def read(
@@ -70,20 +68,21 @@ def read(
         raise ValueError(f"There is no table '{text}'. {closest(text, [t.name for t in session.catalog.listTables(text.rpartition('.')[0] or None)])}")
     return session.table(text)
 
-# %% ../../nbs/20_features/20_spark.ipynb #a5b52d27
+# %% ../../nbs/20_features/20_spark.ipynb #18a53942
 def _delta(path: str, version: int | None):
     "The Delta table at `path`, or None."
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
-    if not DeltaTable.is_deltatable(path): return None
+    if Path(path).is_file() or not DeltaTable.is_deltatable(path): return None
     try: return DeltaTable(path, version=version)
-    except DeltaError as e: raise ValueError(f"Version {version} of the Delta table '{path}' cannot be read: {e}. Its newest is {DeltaTable(path).version()}.") from e
+    except DeltaError as e: raise ValueError(f"The Delta table '{path}' has no version {version} that can be read: {e}. Its newest is {DeltaTable(path).version()}.") from e
 
 def _read_delta(session, table):
     "Its Parquet files, with the columns and types that its log states; partition columns are read from the paths."
     from pyspark.sql.types import StructType
     special = {"deletionVectors", "columnMapping"} & set(table.protocol().reader_features or ())
-    if special: raise ValueError(f"The Delta table '{table.table_uri}' uses {', '.join(sorted(special))}: its files alone are not its rows. Read it with Spark's delta format.")
+    if special: raise ValueError(f"The Delta table '{table.table_uri}' uses {', '.join(sorted(special))}: its files alone are not its rows. "
+                                 "Read it with delta-spark's jar, as session.read.format('delta').")
     schema = StructType.fromJson(json.loads(table.schema().to_json()))
     files = table.file_uris()
     return session.read.schema(schema).option("basePath", table.table_uri).parquet(*files) if files else session.createDataFrame([], schema)
@@ -177,13 +176,15 @@ def _total(e: _Entity, f: Window | Risk, name: str, value: str, leaving: str = "
     if far is not None: total += f" - coalesce({_before(e, name + ' left' * bool(leaving), leaving or value, far + 1)}, 0)"
     return f"({total} + coalesce({_at_once(e, name, value)}, 0))" if at_once else f"({total})"
 
-# %% ../../nbs/20_features/20_spark.ipynb #63ca63e0
+# %% ../../nbs/20_features/20_spark.ipynb #cdcc5d94
 def _window(e: _Entity, f: Window) -> str:
     "A window's value, null over nothing."
     has = lambda c: _total(e, f, f"has {f.of}", f"CASE WHEN {c} IS NOT NULL THEN 1 END")
     if f.take == "count": return _total(e, f, "payments", "1")
     if f.take == "distinct": return _distinct(e, f)
-    if f.take == "share": return _divided(_total(e, f, f"{f.of} is {f.value}", f"CASE WHEN {_category(f.of)} = {_text(f.value)} THEN 1 END"), has(_category(f.of)))
+    if f.take == "share":
+        part = f"CASE WHEN {_category(f.of)} = {_text(f.value)} THEN 1 END"
+        return _divided(_total(e, f, f"{f.of} is {f.value}", part), has(_category(f.of)))
     if f.take in ("min", "max"): return _extreme(e, f)
     own, total = _amount(f.of), _total(e, f, f.of, _amount(f.of))
     if f.take == "sum": return f"CAST({total} AS DOUBLE) / {MONEY}"
@@ -382,8 +383,9 @@ def compute(
     rows = {name: _value(f, _row(f)) for name, f in numbered.items() if isinstance(f, Row)}
     return table.selectExpr("payment_id", *(f"{rows.get(name, _name(name))} AS {_name(f.name)}" for name, f in numbered.items()))
 
-# %% ../../nbs/20_features/20_spark.ipynb #be4b4a14
+# %% ../../nbs/20_features/20_spark.ipynb #33437b44
 def shuffles(frame) -> list[str]:
     "What each shuffle in a frame's plan hashes rows by."
-    with contextlib.redirect_stdout(io.StringIO()) as plan: frame.explain()
-    return [re.sub(r"#\d+L?", "", keys) for keys in re.findall(r"Exchange hashpartitioning\((.*), \d+\)", plan.getvalue())]
+    with contextlib.redirect_stdout(io.StringIO()) as text: frame.explain()
+    plan = text.getvalue().partition("== Initial Plan ==")[0]      # of a frame that has run there are two
+    return [re.sub(r"#\d+L?", "", keys) for keys in re.findall(r"Exchange hashpartitioning\((.*), \d+\)", plan)]

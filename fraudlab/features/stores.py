@@ -57,7 +57,7 @@ class Store:
         return self.update(keys, lambda blobs: ([None] * len(blobs), sum(b is not None for b in blobs)))
 
     def pages(self, prefix: bytes = b"", count: int = 1000) -> Iterator[Page]:
-        "All keys that begin with `prefix` and their blobs, about `count` at a time. What is written meanwhile may be seen or not."
+        "All keys that begin with `prefix` and their blobs, about `count` at a time (or none). What is written meanwhile may be seen or not."
         raise NotImplementedError
 
     def __enter__(self): return self
@@ -230,10 +230,11 @@ class LmdbStore(_LmdbFile):
     def _put(self, page: Page): self.update([k for k, _ in page], lambda _: ([b for _, b in page], None))
 
     def pages(self, prefix=b"", count=1000):
-        start = prefix
-        while page := self._read(lambda txn: list(islice(_range(txn, start, prefix), count))):
+        start, page = prefix, [None] * count
+        while len(page) == count:     # a shorter one was the last
+            page = self._read(lambda txn: list(islice(_range(txn, start, prefix), count)))
             yield page
-            start = page[-1][0] + b"\0"
+            start = page and page[-1][0] + b"\0"
 
     def snapshot(self) -> Iterator[Page]:
         "All pages as of one moment. This process's own updates wait until it ends, others' do not."
@@ -301,10 +302,11 @@ class SqliteStore(_SqliteFile):
         with self._transaction("immediate"): self.db.executemany("insert or replace into blobs values (?, ?)", page)
 
     def pages(self, prefix=b"", count=1000):
-        start = prefix
-        while page := self._page(start, prefix, count):
+        start, page = prefix, [None] * count
+        while len(page) == count:
+            page = self._page(start, prefix, count)
             yield page
-            start = page[-1][0] + b"\0"
+            start = page and page[-1][0] + b"\0"
 
     def _page(self, start: bytes, prefix: bytes, count: int) -> Page:
         with self._transaction("deferred") as do:
