@@ -239,7 +239,7 @@ def _shrunk(probe: _Probe, before: World, after: World) -> tuple[World, World]:
     kept = [own, *smallest(rest, lambda rows: probe(part(before, [own, *rows]), part(after, [own, *rows])))]
     before, after = part(before, kept), part(after, kept)
     after = fewer_changes(before, after)
-    for row in differences(before, after): after = _fewer_values(probe, before, after, *row)
+    for row in differences(before, after)[:max(0, probe.effort)]: after = _fewer_values(probe, before, after, *row)
     return before, after
 
 def _rows(world: World) -> list[tuple[str, str]]: return [(table, name) for table in World._fields for name in getattr(world, table)["payment_id"]]
@@ -341,8 +341,9 @@ def _finding(probe: _Probe, before: World, after: World, count: int, name: str) 
         place = tuple(int(i) for i in np.argwhere(~np.isclose(was, became, rtol=probe.tolerance, atol=1e-12, equal_nan=True))[0])
         column, was, became = f"{column}{list(place)}", was[place].item(), became[place].item()
     rows = differences(before, after)
-    told = [_told(before, after, *row, payment_id, now) for row in rows]
-    return Finding(column, payment_id, own["event_time"][0], _text(was), _text(became), told[0][0], " and ".join(t for _, t in told), len(rows),
+    told = [_told(before, after, *row, payment_id, now) for row in rows[:3]]
+    change = " and ".join([*(text for _, text in told), *([f"{len(rows) - 3:,} more changes"] if len(rows) > 3 else [])])
+    return Finding(column, payment_id, own["event_time"][0], _text(was), _text(became), told[0][0], change, len(rows),
                    pl.concat([w.payments["payment_id"] for w in (before, after)]).n_unique(), count, name, before, after)
 
 def _cell(frame: pl.DataFrame, payment_id: str, column: str):

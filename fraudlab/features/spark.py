@@ -4,7 +4,7 @@
 __all__ = ['IN_TABLE', 'EARLIER', 'UP_TO_NOW', 'BLOCK', 'MAKE', 'TYPES', 'session', 'read', 'from_polars', 'to_polars', 'compute',
            'shuffles']
 
-# %% ../../nbs/20_features/20_spark.ipynb #d3c91d8e
+# %% ../../nbs/20_features/20_spark.ipynb #97ee61db
 import contextlib
 import io
 import json
@@ -18,19 +18,19 @@ from pathlib import Path
 import polars as pl
 
 from ..core.errors import closest
-from .definitions import (ALL, CORE, EARTH, EXPONENTS, FORGOTTEN, MONEY, Decay, Encoded, Feature, FeatureSet, Risk, Row, Since, Velocity,
-                                           Window, adds_amounts, check_table, column, duration, needs, unfitted)
+from .definitions import (ALL, CORE, EARTH, EXPONENTS, FORGOTTEN, MONEY, Decay, Encoded, Feature, FeatureSet, Risk, Row,
+                                           Since, Velocity, Window, adds_amounts, check_table, column, duration, needs, unfitted)
 
-# %% ../../nbs/20_features/20_spark.ipynb #ca02da05
+# %% ../../nbs/20_features/20_spark.ipynb #918f9457
 def _pyspark():
     "pyspark.sql; `ImportError` that says what is missing, Java or the extra."
     if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
-        raise ImportError("Spark needs Java 17 or later, and there is none on the PATH or in JAVA_HOME: install one, such as openjdk-17-jre-headless.")
+        raise ImportError("Spark needs Java 17 or later, and there is none on the PATH or in JAVA_HOME: install one.")
     try: import pyspark.sql
     except ImportError as e: raise ImportError('Features on Spark need pyspark: pip install "fraudlab[spark]".') from e
     return pyspark.sql
 
-# %% ../../nbs/20_features/20_spark.ipynb #399aeabb
+# %% ../../nbs/20_features/20_spark.ipynb #ca25a345
 def session(
     master: str | None = "local[*]",    # None: as spark-submit says
     partitions: int = 16,               # of a shuffle; on a cluster 2 to 3 a core, of 100 to 200 MB
@@ -38,19 +38,21 @@ def session(
     **options,                          # further settings, dots as __: spark__executor__memory="8g"
 ):
     "The Spark session: UTC, Arrow for frames; local ones without a UI. `ImportError` where Java or pyspark is missing."
-    settings = {"spark.sql.session.timeZone": "UTC", "spark.sql.shuffle.partitions": partitions, "spark.sql.execution.arrow.pyspark.enabled": True}
-    if master: settings |= {"spark.master": master, "spark.ui.enabled": False, "spark.ui.showConsoleProgress": False, "spark.log.level": "ERROR",
-                            "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    settings = {"spark.sql.session.timeZone": "UTC", "spark.sql.shuffle.partitions": partitions,
+                "spark.sql.execution.arrow.pyspark.enabled": True}
+    if master: settings |= {"spark.master": master, "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1",
+                            "spark.ui.enabled": False, "spark.ui.showConsoleProgress": False, "spark.log.level": "ERROR"}
     if warehouse:
         settings |= {"spark.sql.warehouse.dir": str(warehouse), "spark.sql.catalogImplementation": "hive",
-                     "spark.hadoop.javax.jdo.option.ConnectionURL": f"jdbc:derby:;databaseName={warehouse}/metastore;create=true"}
+                     "spark.hadoop.javax.jdo.option.ConnectionURL": f"jdbc:derby:;databaseName={warehouse}/metastore;create=true",
+                     "spark.driver.extraJavaOptions": f"-Dderby.system.home={warehouse}"}     # where derby.log goes
     builder = _pyspark().SparkSession.builder.appName("fraudlab")
     for name, value in (settings | {k.replace("__", "."): v for k, v in options.items()}).items(): builder = builder.config(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # pyspark 4.3 warns of pandas 3, which is not used here
         return builder.getOrCreate()
 
-# %% ../../nbs/20_features/20_spark.ipynb #393b6829
+# %% ../../nbs/20_features/20_spark.ipynb #dfcbb929
 def read(
     session,
     table: str | Path,              # a path or URI of Parquet or Delta, or the name of a table in the catalog, such as lab.payments
@@ -61,28 +63,33 @@ def read(
     if "/" in text or Path(text).exists():
         if (delta := _delta(text, version)) is not None: return _read_delta(session, delta)
         if version is not None: raise ValueError(f"'{text}' is no Delta table, so it has no version {version}.")
-        if "://" not in text and not Path(text).exists(): raise ValueError(f"There is no file or folder '{text}'. A table of the catalog is named without /.")
+        if "://" not in text and not Path(text).exists():
+            raise ValueError(f"There is no file or folder '{text}'. A table of the catalog is named without /.")
         return session.read.parquet(text)
     if version is not None: raise ValueError(f"'{text}' is a table of the catalog: versions are of Delta tables, given by path.")
     if not session.catalog.tableExists(text):
-        raise ValueError(f"There is no table '{text}'. {closest(text, [t.name for t in session.catalog.listTables(text.rpartition('.')[0] or None)])}")
+        tables = session.catalog.listTables(text.rpartition(".")[0] or None)
+        raise ValueError(f"There is no table '{text}'. {closest(text, [t.name for t in tables])}")
     return session.table(text)
 
-# %% ../../nbs/20_features/20_spark.ipynb #18a53942
+# %% ../../nbs/20_features/20_spark.ipynb #cea06145
 def _delta(path: str, version: int | None):
     "The Delta table at `path`, or None."
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
     if Path(path).is_file() or not DeltaTable.is_deltatable(path): return None
     try: return DeltaTable(path, version=version)
-    except DeltaError as e: raise ValueError(f"The Delta table '{path}' has no version {version} that can be read: {e}. Its newest is {DeltaTable(path).version()}.") from e
+    except DeltaError as e:
+        newest = DeltaTable(path).version()
+        raise ValueError(f"The Delta table '{path}' has no version {version} that can be read: {e}. Its newest is {newest}.") from e
 
 def _read_delta(session, table):
     "Its Parquet files, with the columns and types that its log states; partition columns are read from the paths."
     from pyspark.sql.types import StructType
     special = {"deletionVectors", "columnMapping"} & set(table.protocol().reader_features or ())
-    if special: raise ValueError(f"The Delta table '{table.table_uri}' uses {', '.join(sorted(special))}: its files alone are not its rows. "
-                                 "Read it with delta-spark's jar, as session.read.format('delta').")
+    if special:
+        raise ValueError(f"The Delta table '{table.table_uri}' uses {', '.join(sorted(special))}: its files alone are not its rows. "
+                         "Read it with delta-spark's jar, as session.read.format('delta').")
     schema = StructType.fromJson(json.loads(table.schema().to_json()))
     files = table.file_uris()
     return session.read.schema(schema).option("basePath", table.table_uri).parquet(*files) if files else session.createDataFrame([], schema)
@@ -162,9 +169,9 @@ def _at_once(e: _Entity, name: str, value: str, how: str = "sum") -> str:
     "The same over the payments at `t` itself, up to the current one in the table."
     return e.add(3, f"{name} at once", f"{how}({_here(value)}) " + e.over(UP_TO_NOW, "`at:`", order="`position:`"))
 
-# %% ../../nbs/20_features/20_spark.ipynb #6bdf476f
+# %% ../../nbs/20_features/20_spark.ipynb #3ca63126
 def _span(f: Window | Risk) -> tuple[int, int | None, bool]:
-    "Its nearest and farthest microsecond before `t` (None: no end), and whether the current payment and those before it at once are inside too."
+    "Nearest and farthest microsecond before `t` (None: no end), and whether the current payment and those before it at once are inside."
     left, delay = int(f.closed == "left"), duration(f.delay)
     far = None if f.length == ALL else delay + duration(f.length) - 1 + left
     return (1, far, True) if not left and not delay else (delay + left, far, False)
@@ -176,7 +183,7 @@ def _total(e: _Entity, f: Window | Risk, name: str, value: str, leaving: str = "
     if far is not None: total += f" - coalesce({_before(e, name + ' left' * bool(leaving), leaving or value, far + 1)}, 0)"
     return f"({total} + coalesce({_at_once(e, name, value)}, 0))" if at_once else f"({total})"
 
-# %% ../../nbs/20_features/20_spark.ipynb #cdcc5d94
+# %% ../../nbs/20_features/20_spark.ipynb #8c3c85aa
 def _window(e: _Entity, f: Window) -> str:
     "A window's value, null over nothing."
     has = lambda c: _total(e, f, f"has {f.of}", f"CASE WHEN {c} IS NOT NULL THEN 1 END")
@@ -187,31 +194,35 @@ def _window(e: _Entity, f: Window) -> str:
         return _divided(_total(e, f, f"{f.of} is {f.value}", part), has(_category(f.of)))
     if f.take in ("min", "max"): return _extreme(e, f)
     own, total = _amount(f.of), _total(e, f, f.of, _amount(f.of))
-    if f.take == "sum": return f"CAST({total} AS DOUBLE) / {MONEY}"
+    if f.take == "sum": return f"{_double(total)} / {MONEY}"
     n = has(own)
     if f.take == "mean": return f"{_divided(total, n)} / {MONEY}"
     if f.take == "ratio": return _divided(_product(n, own), total)
     squares = _total(e, f, f"{f.of}²", _product(own, own))
     exact = f"try_subtract(try_multiply({_whole(n)}, {squares}), {_product(total, total)})"
-    spread = f"coalesce(CAST({exact} AS DOUBLE), CAST({n} AS DOUBLE) * CAST({squares} AS DOUBLE) - CAST({total} AS DOUBLE) * CAST({total} AS DOUBLE))"
+    rough = f"{_double(n)} * {_double(squares)} - {_double(total)} * {_double(total)}"
+    spread = f"coalesce({_double(exact)}, {rough})"
     deviation = f"sqrt({_divided(spread, f'({n} * ({n} - 1))')})"
     return f"{deviation} / {MONEY}" if f.take == "std" else _divided(_divided(f"({_product(n, own)} - {total})", n), deviation)
 
-# %% ../../nbs/20_features/20_spark.ipynb #60d323a0
+# %% ../../nbs/20_features/20_spark.ipynb #e4774c36
 def _whole(value: str) -> str: return f"CAST({value} AS DECIMAL(19,0))"
 
 def _product(a: str, b: str) -> str: return f"{_whole(a)} * {_whole(b)}"
 
-def _divided(a: str, b: str) -> str: return f"(CAST({a} AS DOUBLE) / nullif(CAST({b} AS DOUBLE), 0D))"
+def _double(value: str) -> str: return f"CAST({value} AS DOUBLE)"
+
+def _divided(a: str, b: str) -> str: return f"({_double(a)} / nullif({_double(b)}, 0D))"
 
 def _extreme(e: _Entity, f: Window) -> str:
     "Least or greatest of the frame, which slides."
     near, far, at_once = _span(f)
     start = "UNBOUNDED" if far is None else f"{far}L"
-    found = "CAST(NULL AS BIGINT)" if far is not None and far < near else e.add(
-        3, f"{f.take} {f.of} {near} {far}", f"{f.take}({_here(_amount(f.of))}) " + e.over(f"RANGE BETWEEN {start} PRECEDING AND {near}L PRECEDING"))
+    frame = f"RANGE BETWEEN {start} PRECEDING AND {near}L PRECEDING"
+    found = "NULL"
+    if far is None or far >= near: found = e.add(3, f"{f.take} {f.of} {near} {far}", f"{f.take}({_here(_amount(f.of))}) " + e.over(frame))
     if at_once: found = f"{'least' if f.take == 'min' else 'greatest'}({found}, {_at_once(e, f'{f.take} {f.of}', _amount(f.of), f.take)})"
-    return f"CAST({found} AS DOUBLE) / {MONEY}"
+    return f"{_double(found)} / {MONEY}"
 
 # %% ../../nbs/20_features/20_spark.ipynb #ae8aa3de
 def _distinct(e: _Entity, f: Window) -> str:
@@ -234,9 +245,9 @@ def _risk(e: _Entity, f: Risk) -> str:
     if f.take == "frauds": return f"({frauds})"
     return _divided(f"{frauds} + {_number(f.prior_rate * f.prior_weight)}", f"{_total(e, f, 'payments', '1')} + {_number(f.prior_weight)}")
 
-# %% ../../nbs/20_features/20_spark.ipynb #4d10bffc
+# %% ../../nbs/20_features/20_spark.ipynb #e3c7b4dc
 def _with_events(e: _Entity, table):
-    "`table` with at: (the order) and here:, and for risks a row for each time a fraud comes into a window or leaves it: event: (−1 is a payment) and step:."
+    "`table` with at: (the order) and here:, and for risks a row for each fraud that comes in (step: 1) or leaves (−1); of payments event: is −1."
     if not e.events: return table.selectExpr("*", "`time:` AS `at:`", f"{e.whole} AS `here:`")
     row = lambda at, event, step: f"named_struct('at', {at}, 'event', {event}, 'step', {step})"
     moments = [row(at, i, step) for i, event in enumerate(e.events) for at, step in zip(event, (1, -1), strict=True)]
@@ -280,10 +291,11 @@ def _same(e: _Entity, f: Since) -> str:
     last = _before(e, f"{f.of} run", run, 1, "max")
     return f"CASE WHEN {value} IS NOT NULL THEN if({last}.value = {value}, {last}.run, 0) END"
 
-# %% ../../nbs/20_features/20_spark.ipynb #553151b9
+# %% ../../nbs/20_features/20_spark.ipynb #59c67404
 def _velocity(e: _Entity, f: Velocity) -> str:
     lat, lon = _place(f.latitude), _place(f.longitude)
-    there = f"CASE WHEN {lat} IS NOT NULL AND {lon} IS NOT NULL THEN named_struct('t', `time:`, 'p', `position:`, 'lat', {lat}, 'lon', {lon}) END"
+    place = f"named_struct('t', `time:`, 'p', `position:`, 'lat', {lat}, 'lon', {lon})"
+    there = f"CASE WHEN {lat} IS NOT NULL AND {lon} IS NOT NULL THEN {place} END"
     last = _before(e, f"place {f.latitude} {f.longitude}", there, 1, "max")
     half = lambda a, b: f"pow(sin(radians({a} - {b}) / 2), 2)"
     arc = f"({half(lat, f'{last}.lat')} + cos(radians({lat})) * cos(radians({last}.lat)) * {half(lon, f'{last}.lon')})"
@@ -297,14 +309,15 @@ def _value(f: Feature, value: str) -> str:
     empty = getattr(f, "empty", None)
     return f"CAST(coalesce(CAST({value} AS DOUBLE), {_number(math.nan if empty is None else empty)}) AS FLOAT)"
 
-# %% ../../nbs/20_features/20_spark.ipynb #0927bf32
+# %% ../../nbs/20_features/20_spark.ipynb #577351cd
 def _row(f: Row) -> str:
     local = f"convert_timezone('UTC', {_text(f.zone)}, timestampadd(MICROSECOND, `time:`, TIMESTAMP_NTZ'1970-01-01'))"
     currency = _category("currency")
     exponent = "".join(f" WHEN {currency} = '{code}' THEN {n}" for code, n in EXPONENTS.items())
-    return {"hour": f"hour({local})", "weekday": f"weekday({local}) + 1", "weekend": f"weekday({local}) >= 5", "night": f"hour({local}) <= 6",
-            "month_day": f"day({local})", "month_end": f"CAST({local} AS DATE) = last_day({local})", "log_amount": f"log1p({_place('amount')})",
-            "currency_exponent": f"CASE{exponent} ELSE 2 END"}[f.take]
+    return {"hour": f"hour({local})", "night": f"hour({local}) <= 6",
+            "weekday": f"weekday({local}) + 1", "weekend": f"weekday({local}) >= 5",
+            "month_day": f"day({local})", "month_end": f"CAST({local} AS DATE) = last_day({local})",
+            "log_amount": f"log1p({_place('amount')})", "currency_exponent": f"CASE{exponent} ELSE 2 END"}[f.take]
 
 # %% ../../nbs/20_features/20_spark.ipynb #dc353f9f
 def _encoded(f: Encoded, table, name: str):
@@ -315,43 +328,45 @@ def _encoded(f: Encoded, table, name: str):
     found = table.join(fitted, f"category:{column(f.of)}", "left")
     return found.selectExpr(*map(_name, table.columns), f"{number} AS {_name(name)}")
 
-# %% ../../nbs/20_features/20_spark.ipynb #3c707dfc
-TYPES = {"string": pl.String, "boolean": pl.Boolean, "tinyint": pl.Int8, "smallint": pl.Int16, "int": pl.Int32, "bigint": pl.Int64, "float": pl.Float32,
-         "double": pl.Float64, "date": pl.Date, "timestamp": pl.Datetime("us", "UTC"), "timestamp_ntz": pl.Datetime("us"), "binary": pl.Binary}
+# %% ../../nbs/20_features/20_spark.ipynb #51d3f93e
+TYPES = {"string": pl.String, "boolean": pl.Boolean, "tinyint": pl.Int8, "smallint": pl.Int16, "int": pl.Int32, "bigint": pl.Int64,
+         "float": pl.Float32, "double": pl.Float64, "date": pl.Date, "binary": pl.Binary,
+         "timestamp": pl.Datetime("us", "UTC"), "timestamp_ntz": pl.Datetime("us")}
 
 def _schema(frame) -> pl.Schema:
     "Types of a Spark frame as polars has them; lists, maps and structures are all `List`."
     kind = lambda t: pl.Decimal(38, 10) if t.startswith("decimal") else TYPES.get(t, pl.List(pl.Null))
     return pl.Schema({name: kind(t) for name, t in frame.dtypes})
 
-# %% ../../nbs/20_features/20_spark.ipynb #386b5c5f
+# %% ../../nbs/20_features/20_spark.ipynb #ebb649a6
 def _check(features: FeatureSet, payments, labels):
     "The rules of `check_table`, but for the order; encodings must be fitted."
-    if names := unfitted(features): raise ValueError(f"'{names[0]}' is not fitted: fit(features, payments, labels, until) gives it its values.")
+    if names := unfitted(features): raise ValueError(f"'{names[0]}' is not fitted: fit(features, payments, labels, until) gives it values.")
     check_table(features, pl.DataFrame(schema=_schema(payments)))
     wanted = [("payments", payments, {"payment_id": ""})]
     if _judges(features): wanted.append(("labels", labels, {"payment_id": "", "is_fraud": "boolean", "known_at": "timestamp"}))
     for what, frame, columns in wanted:
         for name, kind in columns.items():
             if name not in frame.columns: raise ValueError(f"The {what} have no column '{name}'. {closest(name, frame.columns)}")
-            if kind and (given := dict(frame.dtypes)[name]) != kind: raise ValueError(f"'{name}' of the {what} is {given}: it must be {kind}. Cast it.")
+            given = dict(frame.dtypes)[name]
+            if kind and given != kind: raise ValueError(f"'{name}' of the {what} is {given}: it must be {kind}. Cast it.")
     _check_rows(features, payments)
 
-# %% ../../nbs/20_features/20_spark.ipynb #10c6f1e1
+# %% ../../nbs/20_features/20_spark.ipynb #d208b007
 def _check_rows(features: FeatureSet, payments):
     "One pass: no null time, amount, payer or payee that the features read, and no sums over several currencies."
     read = {"event_time", *sum(needs(features), [])}
     present = [name for name in ("event_time", "amount", *CORE.values()) if name in read]
-    mixed = [f for f in features.features if adds_amounts(f) and "currency" not in f.entity.split("+")] if "currency" in payments.columns else []
+    mixed = [f for f in features.features if adds_amounts(f) and "currency" not in f.entity.split("+") and "currency" in payments.columns]
     counts = [f"count({name}) AS {name}" for name in present] + ["collect_set(currency) AS currencies"] * bool(mixed)
     seen = payments.selectExpr("count(1) AS payments", *counts).first()
     for name in present:
         if nulls := seen["payments"] - seen[name]:
-            raise ValueError(f"{name} is null in {nulls:,} of {seen['payments']:,} payments. Read them through a source, which puts them into quarantine; "
-                             "a source without payers and payees needs a feature set without them.")
+            raise ValueError(f"{name} is null in {nulls:,} of {seen['payments']:,} payments. Read them through a source, which puts them "
+                             "into quarantine; a source without payers and payees needs a feature set without them.")
     if mixed and len(currencies := sorted(seen["currencies"])) > 1:
-        raise ValueError(f"'{mixed[0].name}' adds amounts, and the payments are in {', '.join(currencies[:5])}. Use an entity with the currency, "
-                         f"such as '{mixed[0].entity}+currency', or a field with the amount in one currency.")
+        raise ValueError(f"'{mixed[0].name}' adds amounts, and the payments are in {', '.join(currencies[:5])}. Use an entity with the "
+                         f"currency, such as '{mixed[0].entity}+currency', or a field with the amount in one currency.")
 
 # %% ../../nbs/20_features/20_spark.ipynb #1132ec4e
 def _entity_values(e: _Entity, table):

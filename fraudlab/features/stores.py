@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Blobs', 'Page', 'Result', 'LONGEST', 'SWAP', 'SHA', 'TRIES', 'KINDS', 'StoreError', 'Store', 'sweeps', 'sweep',
-           'copy', 'short', 'LmdbStore', 'SqliteStore', 'pack', 'RedisStore', 'open_store']
+           'copy', 'short', 'LmdbStore', 'SqliteStore', 'pack', 'RedisStore', 'open_store', 'Stored']
 
 # %% ../../nbs/20_features/40_stores.ipynb #5700e503
 import fcntl
@@ -16,12 +16,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import islice, takewhile
 from operator import is_not
 from pathlib import Path
 from typing import TypeVar
 
 import lmdb
+import numpy as np
 
 from ..core.errors import closest
 
@@ -57,7 +59,7 @@ class Store:
         return self.update(keys, lambda blobs: ([None] * len(blobs), sum(b is not None for b in blobs)))
 
     def pages(self, prefix: bytes = b"", count: int = 1000) -> Iterator[Page]:
-        "All keys that begin with `prefix` and their blobs, about `count` at a time (or none). What is written meanwhile may be seen or not."
+        "All keys that begin with `prefix` and their blobs, up to `count` at a time or so. What is written meanwhile may be in it or not."
         raise NotImplementedError
 
     def __enter__(self): return self
@@ -420,5 +422,37 @@ def open_store(
     "The store at `address`; a file is created where there is none. `ValueError` for an unknown kind, `StoreError` where it cannot be used."
     kind, _, path = address.partition(":")
     if kind not in KINDS:
-        raise ValueError(f"'{address}' begins with no kind of store: write lmdb:PATH, sqlite:PATH or redis://host/0. {closest(kind, KINDS)}")
+        raise ValueError(f"'{address}' begins with no kind of store: write lmdb:PATH, sqlite:PATH or redis://host/0. "
+                         + closest(kind, KINDS))
     return KINDS[kind](address if issubclass(KINDS[kind], RedisStore) else path)
+
+# %% ../../nbs/20_features/40_stores.ipynb #5700e52b
+class Stored:
+    "The features of one payment after the other, from states in a store, in any number of threads and processes."
+    def __init__(self,
+        engine,         # `features.online.Online`, which one thread uses at a time
+        store: Store,
+    ):
+        self.engine, self.store, self.lock = engine, store, threading.Lock()
+
+    def update(self, payment: dict) -> tuple[np.ndarray, str]:
+        "Features [K] float32 of `payment`, which is then remembered, and what happened to it: new, late, too late or a duplicate."
+        return self._at(payment, lambda states: self.engine.update(states, payment))
+
+    def report(self, payment: dict, known_at: datetime | None):
+        "Note that `payment` was a fraud, known from `known_at` on (None: it was none after all)."
+        self._at(payment, lambda states: (None, self.engine.report(states, payment, known_at), None))
+
+    def _at(self, payment: dict, step: Callable) -> tuple:
+        keys = self.engine.keys(payment)
+        there = [short(k) for k in keys if k]
+        def change(blobs: Blobs):
+            held = blobs if len(there) == len(keys) else _spread(blobs, keys)
+            with self.lock: values, new, status = step(held)
+            return new if held is blobs else [b for b, k in zip(new, keys, strict=True) if k], (values, status)
+        return self.store.update(there, change)
+
+def _spread(blobs: Blobs, keys: list[bytes | None]) -> Blobs:
+    "The blobs, with None for a payment's missing keys."
+    blobs = iter(blobs)
+    return [next(blobs) if k else None for k in keys]
