@@ -18,7 +18,7 @@ import polars as pl
 
 from ..data.contract import TIME, Field
 from ..data.splits import Fold
-from .definitions import UNITS, FeatureSet, duration, fit, unfitted
+from .definitions import UNITS, FeatureSet, Risk, duration, fit, unfitted
 from .encoding import Encoding
 from .offline import compute
 from .sequences import Dataset
@@ -359,7 +359,7 @@ def audit(
     cuts: int = 6,                       # moments at which the world is split in two; the subject is asked at least twice for each
     seed: int = 0,
     tolerance: float = 1e-6,             # of a number's size, for what rounding does
-    ties: Collection[str] = (),          # columns that are declared to see their own instant: what comes later must not move them
+    ties: Collection[str] = (),          # columns declared to see what is at their own instant; what comes later must not move them
     late: Mapping[str, str] = {},        # fields that are filled in later, and the column that says when
     effort: int = 300,                   # how often the subject is asked, at most, to make one example smaller
 ) -> list[Finding]:
@@ -389,9 +389,9 @@ def _pairs(world: World, twin: World, cut: Cut, columns: list[str], ties: Collec
     "The world to compare with, and the columns to compare in it."
     yield twin, set(columns) - set(ties)
     if not set(ties) & set(columns): return
-    at = [w.payments.filter(pl.col("event_time") == cut.when)["payment_id"] for w in (world, twin)]
-    same = {("payments", name) for name in pl.concat(at)}
-    yield mixed(world, twin, [row for row in differences(world, twin) if row not in same]), set(ties)
+    times = zip(World._fields, ("event_time", "known_at"), strict=True)
+    now = {(table, name) for table, time in times for w in (world, twin) for name in getattr(w, table).filter(pl.col(time) == cut.when)["payment_id"]}
+    yield mixed(world, twin, [row for row in differences(world, twin) if row not in now]), set(ties)
 
 def _refuse_chance(subject: Subject, world: World, given: pl.DataFrame, tolerance: float):
     again = moved(given, numbers(subject, *world.tables()), world.payments.select("payment_id"), tolerance)
@@ -410,8 +410,8 @@ def feature_subject(
     return lambda payments, labels: engine(fit(features, payments, labels, until) if until else features, payments, labels)
 
 def declared_ties(features: FeatureSet) -> list[str]:
-    "Features that say closed='right' and end at the payment: they include it, and so those before it at its instant."
-    return [f.name for f in features.features if getattr(f, "closed", "left") == "right" and not duration(f.delay)]
+    "Features that say closed='right': what is at the payment's own instant counts, be it a payment (without a delay) or a label becoming known."
+    return [f.name for f in features.features if getattr(f, "closed", "left") == "right" and (isinstance(f, Risk) or not duration(f.delay))]
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10034
 def encoded(

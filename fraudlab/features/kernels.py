@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['NULL', 'WIDTH', 'BASE', 'MASK', 'FIRST', 'END', 'LAST', 'REPORTED', 'TAG', 'STATE', 'Plan', 'degrees', 'plans',
-           'add_square', 'std', 'speed', 'Loop', 'absent', 'fading', 'advance', 'offline_source', 'OnlineLoop',
-           'online_source', 'compiled']
+           'add_square', 'std', 'speed', 'Loop', 'absent', 'distincts', 'fading', 'advance', 'offline_source',
+           'OnlineLoop', 'online_source', 'compiled']
 
 # %% ../../nbs/20_features/05_kernels.ipynb #6ceaa3b8
 import hashlib
@@ -167,7 +167,7 @@ def _squares(loop: Loop, f) -> tuple[str, str]:
     if new: loop.both(front, tail, f.of, *(f"{high}, {low} = add_square({high}, {low}, x, {sign})" for sign in (1, -1)))
     return high, low
 
-# %% ../../nbs/20_features/05_kernels.ipynb #f86ce3b8
+# %% ../../nbs/20_features/05_kernels.ipynb #bbd80648
 def _extreme(loop: Loop, f) -> str:
     "Smallest or largest; searched anew when it leaves."
     front, tail = loop.span(f)
@@ -189,16 +189,23 @@ def _distinct(loop: Loop, f) -> str:
         loop.tables.append(f.of)
         loop.both(front, tail, f.of, f"{d} += {last}[x] < {tail}; {last}[x] = {front}", f"{d} -= {last}[x] == {tail}")
     elif new:
-        column = loop.columns.index(f.of)
-        loop.both(front, tail, f.of, f"{d} += absent(E, base, mask, {tail}, {front}, {column}, x)", f"{d} -= absent(E, base, mask, {tail} + 1, {front}, {column}, x)")
+        place = len(loop.columns) + distincts(loop.plan).index(f.of)
+        loop.both(front, tail, f.of, *(f"{d} {sign}= absent(E, base + (mask + 1) * {place}, mask, {start}, {front}, x)" for sign, start in (("+", tail), ("-", f"{tail} + 1"))))
     return d
 
 @njit
-def absent(E, base, mask, a, b, column, x):
-    "Whether no event from place `a` to before `b` has `x` in `column`."
-    for j in range(b - 1, a - 1, -1):
-        if E[base + (j & mask), column] == x: return False
+def absent(E, base, mask, a, b, x):
+    "Whether no event from place `a` to before `b` has `x` in the column that begins at `base`."
+    while a < b:
+        n, found, at = min(b - a, 32, mask + 1 - (a & mask)), False, base + (a & mask)   # stretches that do not wrap round, without a branch
+        for i in range(n): found |= E[at + i] == x
+        if found: return False
+        a += n
     return True
+
+def distincts(plan: Plan) -> list[str]:
+    "Categories whose different values are counted: online, each is kept as a column of its own beside the events."
+    return sorted({f.of for f in plan.features if f.take == "distinct"})
 
 def _hits(loop: Loop, f) -> str:
     front, tail = loop.span(f)
@@ -361,7 +368,7 @@ def _carried(loop: Loop) -> tuple[list[str], list[str]]:
     store = [f"{at} = {v}{moved[v].replace('+', '-')}" for v, at in where.items()]
     return load, [*store, f"S[e, {len(where)}] = until"]
 
-# %% ../../nbs/20_features/05_kernels.ipynb #bacbcedb
+# %% ../../nbs/20_features/05_kernels.ipynb #9860d770
 BASE, MASK, FIRST, END, LAST, REPORTED, TAG, STATE = range(8)   # columns of S
 
 class OnlineLoop(NamedTuple):
@@ -376,8 +383,7 @@ def online_source(plan: Plan, k: int) -> OnlineLoop:
     "`evaluate` brings the state to a payment and reads it, `drop` lets go of old events, `report` counts a fraud."
     columns = ("time", "id", *plan.integers[1:], *plan.categories)
     def event(place, column):
-        row = place if place == "row" else f"base + ({place} & mask)"
-        return f"{'F' if column.endswith(' in degrees') else 'E'}[{row}, {columns.index(column)}]"
+        return f"{'F' if column.endswith(' in degrees') else 'E'}[base + ({place} & mask) * {len(columns)} + {columns.index(column)}]"
     loop = Loop(plan, event, table=False, columns=columns)
     where = {v: f"{'SF' if start in ('0.0', 'nan') else 'S'}[o, {STATE + n}]" for n, (v, start) in enumerate(loop.state.items())}
     lasting = [v for v in loop.state if any(re.search(rf"\b{v}\b", s) for c in loop.forever.values() for ss in c.values() for s in ss) and v not in loop.fronts]

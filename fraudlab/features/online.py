@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'NEW', 'LATE', 'TOO_LATE', 'DUPLICATE', 'GOLDEN', 'VIEW', 'NULL_CODE', 'find', 'same', 'place', 'bucket',
-           'peek', 'slot', 'double', 'expired', 'fetch', 'fetch_row', 'fetch_events', 'pointer', 'integers', 'floats',
-           'code', 'joined', 'microseconds', 'whole', 'Online', 'Memory', 'update', 'report', 'rows_of', 'replay',
-           'keys']
+           'peek', 'slot', 'double', 'expired', 'split', 'fetch', 'fetch_row', 'fetch_events', 'pointer', 'integers',
+           'floats', 'flat', 'code', 'joined', 'microseconds', 'whole', 'Online', 'Memory', 'update', 'report',
+           'rows_of', 'replay', 'keys']
 
-# %% ../../nbs/20_features/30_online.ipynb #2f43d43b
+# %% ../../nbs/20_features/30_online.ipynb #20e67598
 import struct
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -23,54 +23,57 @@ from xxhash import xxh3_64_intdigest
 from ..core.errors import closest
 from .definitions import (CORE, EXPONENTS, MONEY, NEVER, Encoded, FeatureSet, Row, adds_amounts, column, duration, over_nothing,
                                            unfitted)
-from .kernels import BASE, END, FIRST, LAST, MASK, NULL, REPORTED, TAG, compiled, degrees, online_source, plans
+from .kernels import BASE, END, FIRST, LAST, MASK, NULL, REPORTED, TAG, compiled, degrees, distincts, online_source, plans
 
-# %% ../../nbs/20_features/30_online.ipynb #30a3e478
+# %% ../../nbs/20_features/30_online.ipynb #4a8ad042
 STATUS = ("new", "late", "too late", "duplicate")   # of several entities' findings the last counts: new to its payee, late for its payer is late
 NEW, LATE, TOO_LATE, DUPLICATE = range(4)
 
 @njit(inline="always")
-def find(E, S, o, t):
+def find(E, S, o, t, wide):
     "The place after all payments at or before `t`."
     base, mask, low, high = S[o, BASE], S[o, MASK], S[o, FIRST], S[o, END]
     while low < high:
         middle = (low + high) // 2
-        if E[base + (middle & mask), 0] <= t: low = middle + 1
+        if E[base + (middle & mask) * wide] <= t: low = middle + 1
         else: high = middle
     return low
 
 @njit
-def same(E, S, o, t, id):
+def same(E, S, o, t, id, wide):
     "The place of the payment `id` at `t`; -1 if it is not there."
     base, mask = S[o, BASE], S[o, MASK]
-    j = find(E, S, o, t) - 1
-    while j >= S[o, FIRST] and E[base + (j & mask), 0] == t:
-        if E[base + (j & mask), 1] == id: return j
+    j = find(E, S, o, t, wide) - 1
+    while j >= S[o, FIRST] and E[base + (j & mask) * wide] == t:
+        if E[base + (j & mask) * wide + 1] == id: return j
         j -= 1
     return -1
 
-# %% ../../nbs/20_features/30_online.ipynb #b1e7d356
+# %% ../../nbs/20_features/30_online.ipynb #75905b4a
 @njit(inline="always")
-def place(E, S, o, t, id, lateness):
+def place(E, S, o, t, id, lateness, wide, columns):
     "Status and place of a payment; room is made for one that is added."
     end = S[o, END]
     if t <= S[o, LAST]:
-        j = same(E, S, o, t, id)
+        j = same(E, S, o, t, id, wide)
         if j >= 0: return DUPLICATE, j
         if t < S[o, LAST] - lateness: return TOO_LATE, -1
     S[o, END] = end + 1
     if t >= S[o, LAST]: return NEW, end
-    return LATE, _squeeze(E, S, o, t)
+    return LATE, _squeeze(E, S, o, t, wide, columns)
 
 @njit
-def _squeeze(E, S, o, t):
+def _squeeze(E, S, o, t, wide, columns):
+    "Make place for a payment at `t` among those that are there."
     S[o, END] -= 1
-    at, base, mask = find(E, S, o, t), S[o, BASE], S[o, MASK]
-    for j in range(S[o, END], at, -1): E[base + (j & mask)] = E[base + ((j - 1) & mask)]
+    at, base, mask = find(E, S, o, t, wide), S[o, BASE], S[o, MASK]
+    for j in range(S[o, END], at, -1):
+        for c in range(wide): E[base + (j & mask) * wide + c] = E[base + ((j - 1) & mask) * wide + c]
+        for c in range(wide, wide + columns): E[base + (mask + 1) * c + (j & mask)] = E[base + (mask + 1) * c + ((j - 1) & mask)]
     S[o, END] += 1
     return at
 
-# %% ../../nbs/20_features/30_online.ipynb #dfcbbe00
+# %% ../../nbs/20_features/30_online.ipynb #11f70083
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)   # 2^64 / golden ratio: spreads keys that are near to one another
 
 @njit(inline="always")
@@ -97,32 +100,39 @@ def slot(H, C, S, blank, key):
     return C[0]
 
 @njit
-def double(E, C, free, S, o):
+def double(E, C, free, S, o, wide, columns):
     "Twice as many places for the events of entity `o` (from none, 4); False if the pool has no room."
-    old, first, end = S[o, MASK] + 1, S[o, FIRST], S[o, END]
-    size, kind = (2 * old, 1) if old else (4, 0)
+    old, size, kind = S[o, MASK] + 1, max(4, 2 * (S[o, MASK] + 1)), 0
     while 4 << kind < size: kind += 1
     base = free[kind]
-    if base >= 0: free[kind] = E[base, 0]
-    elif C[1] + size <= len(E):
+    if base >= 0: free[kind] = E[base]
+    elif C[1] + size * (wide + columns) <= len(E):
         base = C[1]
-        C[1] += size
+        C[1] += size * (wide + columns)
     else: return False
-    for j in range(first, end): E[base + (j & (size - 1))] = E[S[o, BASE] + (j & S[o, MASK])]
+    for j in range(S[o, FIRST], S[o, END]):
+        for c in range(wide): E[base + (j & (size - 1)) * wide + c] = E[S[o, BASE] + (j & S[o, MASK]) * wide + c]
+        for c in range(wide, wide + columns): E[base + size * c + (j & (size - 1))] = E[S[o, BASE] + old * c + (j & S[o, MASK])]
     if old:
-        E[S[o, BASE], 0] = free[kind - 1]
+        E[S[o, BASE]] = free[kind - 1]
         free[kind - 1] = S[o, BASE]
     S[o, BASE], S[o, MASK] = base, size - 1
     return True
 
 @njit
-def expired(E, S, o, keep):
+def expired(E, S, o, keep, wide):
     "The first place that is needed: payments more than `keep` before the last one are not, but for the last."
     j = S[o, FIRST]
-    while j < S[o, END] - 1 and E[S[o, BASE] + (j & S[o, MASK]), 0] < S[o, LAST] - keep: j += 1
+    while j < S[o, END] - 1 and E[S[o, BASE] + (j & S[o, MASK]) * wide] < S[o, LAST] - keep: j += 1
     return j
 
-# %% ../../nbs/20_features/30_online.ipynb #dae3d2ee
+# %% ../../nbs/20_features/30_online.ipynb #e1e9e039
+@njit
+def split(E, S, o, wide, place, column):
+    "Fill the column of its own that is kept of `column`."
+    for j in range(S[o, END]): E[S[o, BASE] + (S[o, MASK] + 1) * place + (j & S[o, MASK])] = E[S[o, BASE] + (j & S[o, MASK]) * wide + column]
+
+# %% ../../nbs/20_features/30_online.ipynb #8eb651d1
 @intrinsic
 def fetch(typing, address):
     "Ask for the cache line at an address."
@@ -138,12 +148,15 @@ def fetch_row(S, o, size):
     for line in range(0, size + 63, 64): fetch(S + o * size + line)
 
 @njit(inline="always")
-def fetch_events(S, o, E, size, tails):
+def fetch_events(S, o, E, wide, columns, tails):
     "The next place of entity `o`, and the ends of its windows."
-    fetch(E + (S[o, BASE] + (S[o, END] & S[o, MASK])) * size)
-    for tail in tails: fetch(E + (S[o, BASE] + (S[o, tail] & S[o, MASK])) * size)
+    base, mask = S[o, BASE], S[o, MASK]
+    fetch(E + 8 * (base + (S[o, END] & mask) * wide))
+    for tail in tails:
+        fetch(E + 8 * (base + (S[o, tail] & mask) * wide))
+        for c in range(wide, wide + columns): fetch(E + 8 * (base + (mask + 1) * c + (S[o, tail] & mask)))
 
-# %% ../../nbs/20_features/30_online.ipynb #d7d90c3f
+# %% ../../nbs/20_features/30_online.ipynb #45f9822d
 @intrinsic
 def pointer(typing, address):
     "An address as a pointer."
@@ -158,6 +171,11 @@ def integers(A, at):
 @njit(inline="always")
 def floats(A, at): return carray(pointer(A[at]), (A[at + 1], A[at + 2]), np.float64)
 
+@njit(inline="always")
+def flat(A, at):
+    "An array of one column, as integers and as floats."
+    return carray(pointer(A[at]), (A[at + 1],), np.int64), carray(pointer(A[at]), (A[at + 1],), np.float64)
+
 _PAYMENT = """
 def ready{k}(E, F, S, SF, H, C, free, blank, key, keep, shares):
     if key == NULL:
@@ -166,19 +184,19 @@ def ready{k}(E, F, S, SF, H, C, free, blank, key, keep, shares):
     o = slot(H, C, S, blank, key)
     if o < 0: return -1
     if S[o, END] - S[o, FIRST] == S[o, MASK] + 1:
-        upto = expired(E, S, o, keep)
+        upto = expired(E, S, o, keep, {wide})
         if upto > S[o, FIRST]: drop{k}(E, F, S, SF, o, upto, shares)
-        elif not double(E, C, free, S, o): return -1
+        elif not double(E, C, free, S, o, {wide}, {columns}): return -1
     return o
 
 def see{k}(E, F, S, SF, o, row, lateness, shares, out):
     t = row[0]
-    status, i = place(E, S, o, t, row[1], lateness)
+    status, i = place(E, S, o, t, row[1], lateness, {wide}, {columns})
     if status == TOO_LATE:
         {missing}
         return status
     if status != DUPLICATE:
-        at = S[o, BASE] + (i & S[o, MASK])
+        at, cap = S[o, BASE] + (i & S[o, MASK]) * {wide}, S[o, MASK] + 1
         {copied}
     if status == NEW and t > S[o, REPORTED]:
         S[o, LAST] = t
@@ -192,17 +210,17 @@ def see{k}(E, F, S, SF, o, row, lateness, shares, out):
     return status
 
 def reported{k}(E, S, o, t, id, known):
-    j = same(E, S, o, t, id)
+    j = same(E, S, o, t, id, {wide})
     if j < 0: return False
-    at, column = S[o, BASE] + (j & S[o, MASK]), {known}
-    old = E[at, column]
-    E[at, column] = known
+    at = S[o, BASE] + (j & S[o, MASK]) * {wide} + {known}
+    old = E[at]
+    E[at] = known
     if (old < NEVER) != (known < NEVER): report{k}(S, o, j, 1 if known < NEVER else -1)
     if known < NEVER: S[o, REPORTED] = max(known, S[o, REPORTED])
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #ad6978f4
+# %% ../../nbs/20_features/30_online.ipynb #9d107cbd
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
@@ -238,17 +256,18 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     for k, (plan, loop) in enumerate(zip(plans, loops, strict=True)):
         at, arrays, place = 9 + VIEW * k, f"E{k}, F{k}, S{k}, SF{k}", columns.index(keys[plan.entity])
         key = f"row[{place}]"
-        lines["views"] += [f"S{k}, SF{k}, E{k}, F{k} = integers(A, {at}), floats(A, {at}), integers(A, {at + 3}), floats(A, {at + 3})",
+        lines["views"] += [f"S{k}, SF{k} = integers(A, {at}), floats(A, {at})", f"E{k}, F{k} = flat(A, {at + 3})",
                            f"H{k}, C{k}, free{k} = integers(A, {at + 6}), integers(A, {at + 9})[0], integers(A, {at + 12})[0]",
                            f"blank{k}, shares{k} = integers(A, {at + 15})[0], integers(A, {at + 18})[0]"]
         lines["ahead"] += [f"if m + 24 < stop: fetch(A[{at + 6}] + 16 * bucket(H{k}, rows[m + 24, {place}]))",
                            f"if m + 16 < stop: fetch_row(A[{at}], peek(H{k}, rows[m + 16, {place}]), {8 * len(loop.blank)})",
-                           f"if m + 8 < stop: fetch_events(S{k}, peek(H{k}, rows[m + 8, {place}]), A[{at + 3}], {8 * len(loop.columns)}, {loop.tails})"]
+                           f"if m + 8 < stop: fetch_events(S{k}, peek(H{k}, rows[m + 8, {place}]), A[{at + 3}], {len(loop.columns)}, {len(distincts(plan))}, {loop.tails})"]
         lines["ready"].append(f"o{k} = ready{k}({arrays}, H{k}, C{k}, free{k}, blank{k}, {key}, A[{at + 21}], shares{k})")
         lines["seen"].append(f"status[m, 0] = max(status[m, 0], see{k}({arrays}, o{k}, row, A[{at + 22}], shares{k}, out[m]))")
         lines["chosen"] += [f"o{k} = 0 if {key} == NULL else 1", f"if o{k} == 0: S{k}[0] = blank{k}; S{k}[0, BASE] = 0; S{k}[0, MASK] = 3"]
-        lines["trimmed"] += [f"upto = expired(E{k}, S{k}, o{k}, A[{at + 21}])", f"if upto > S{k}[o{k}, FIRST]: drop{k}({arrays}, o{k}, upto, shares{k})",
-                             f"S{k}[o{k}, BASE] += S{k}[o{k}, FIRST]; rebase{k}(S{k}, o{k})"]
+        lines["chosen"] += [f"split(E{k}, S{k}, o{k}, {len(loop.columns)}, {len(loop.columns) + d}, {loop.columns.index(c)})" for d, c in enumerate(distincts(plan))]
+        lines["trimmed"] += [f"upto = expired(E{k}, S{k}, o{k}, A[{at + 21}], {len(loop.columns)})", f"if upto > S{k}[o{k}, FIRST]: drop{k}({arrays}, o{k}, upto, shares{k})",
+                             f"S{k}[o{k}, BASE] += S{k}[o{k}, FIRST] * {len(loop.columns)}; rebase{k}(S{k}, o{k})"]
         if plan.risk:
             lines["noted"] += [f"o{k} = 1 if packed else peek(H{k}, {key})",
                                f"if {key} != NULL and o{k} > 0 and reported{k}(E{k}, S{k}, o{k}, row[0], row[1], known): found = True"]
@@ -256,15 +275,16 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     filled = {name: f"\n{' ' * deep[name]}".join(found or ["pass"]) for name, found in lines.items()}
     return _ALL.format(size=9 + VIEW * len(plans), full=" or ".join(f"o{k} < 0" for k in range(len(plans))), **filled)
 
-# %% ../../nbs/20_features/30_online.ipynb #d818009f
+# %% ../../nbs/20_features/30_online.ipynb #4cc48c89
 def _source(features: FeatureSet, columns: list[str], keys: dict) -> tuple[str, list]:
     "Source of everything that is compiled for a set, and its entities' loops."
     chosen, parts = plans(features), []
     loops = [online_source(plan, k) for k, plan in enumerate(chosen)]
     for k, (plan, loop) in enumerate(zip(chosen, loops, strict=True)):
-        copied = [f"E[at, {c}] = row[{columns.index(name)}]" for c, name in enumerate(loop.columns)]
+        copied = [f"E[at + {c}] = row[{columns.index(name)}]" for c, name in enumerate(loop.columns)]
+        copied += [f"E[S[o, BASE] + cap * {len(loop.columns) + d} + (i & S[o, MASK])] = row[{columns.index(name)}]" for d, name in enumerate(distincts(plan))]
         nobody = [f"if o == 0: out[{p}] = {over_nothing(f)!r}" for p, f in zip(plan.places, plan.features, strict=True) if getattr(f, "closed", "") == "right"]
-        text = _PAYMENT.format(k=k, missing="; ".join(f"out[{p}] = nan" for p in plan.places), copied="\n        ".join(copied),
+        text = _PAYMENT.format(k=k, wide=len(loop.columns), columns=len(distincts(plan)), missing="; ".join(f"out[{p}] = nan" for p in plan.places), copied="\n        ".join(copied),
                                nobody="\n    ".join(nobody or ["pass"]), known=loop.columns.index("known") if plan.risk else -1)
         parts += [loop.source, *(p for p in text.strip().split("\n\n") if plan.risk or not p.startswith("def reported"))]
     if chosen: parts.append(_assembled(loops, keys, columns, chosen).strip())
@@ -371,9 +391,9 @@ def _packer(engine: Online):
 
 _NOBODY = "{} is null, and the features are about payers and payees: give it, or use a set without them."
 
-# %% ../../nbs/20_features/30_online.ipynb #3da66b46
+# %% ../../nbs/20_features/30_online.ipynb #a243457d
 _IMPORTS = """from fraudlab.features.kernels import BASE, END, FIRST, LAST, MASK, REPORTED
-from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, same, slot
+from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, flat, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, same, slot, split
 from numba import carray
 
 """
@@ -385,9 +405,10 @@ class Memory:
         self.engine, n = engine, entities + 2
         power = lambda x: 1 << int(x - 1).bit_length()
         self.S = [np.tile(loop.blank, (n, 1)) for loop in engine.loops]
-        self.E = [np.empty((4 + power(n * events), len(loop.columns)), np.int64) for loop in engine.loops]
+        self.wide = [len(loop.columns) + len(distincts(plan)) for loop, plan in zip(engine.loops, engine.plans, strict=True)]   # numbers an event
+        self.E = [np.empty(((4 + power(n * events)) * w, 1), np.int64) for w in self.wide]
         self.H = [np.zeros((power(3 * n), 2), np.int64) for _ in engine.loops]
-        self.C = [np.array([[0, 4]], np.int64) for _ in engine.loops]       # rows 0 to 3 of the pool are nobody's
+        self.C = [np.array([[0, 4 * w]], np.int64) for w in self.wide]       # the first four events are nobody's
         self.free = [np.full((1, 64), -1, np.int64) for _ in engine.loops]
         self._room(1)
 
@@ -540,7 +561,7 @@ def _unpacked(self: Online, packed: list[bytes | None]):
     return self._scratch
 Online._unpacked = _unpacked
 
-# %% ../../nbs/20_features/30_online.ipynb #0efa7402
+# %% ../../nbs/20_features/30_online.ipynb #ba09bf8e
 class _Scratch(Memory):
     "Room for the state of one payment's entities: row 1 of S, events from row 4 of the pool on."
 
@@ -549,7 +570,7 @@ class _Scratch(Memory):
         self._views()
 
     def _views(self):
-        self.rooms = [1 << (len(E) - 4).bit_length() - 1 for E in self.E]
+        self.rooms = [1 << (len(E) // w - 4).bit_length() - 1 for E, w in zip(self.E, self.wide, strict=True)]
         self.states, self.events = ([memoryview(a).cast("B") for a in arrays] for arrays in (self.S, self.E))
         self.header = [memoryview(S).cast("B").cast("q") for S in self.S]
 
@@ -561,18 +582,19 @@ class _Scratch(Memory):
             n = (len(state) - size) // wide
             if n >= self.rooms[k]: self._more(k, n)
             self.states[k][size:2 * size] = state[:size]
-            self.events[k][4 * wide:(4 + n) * wide] = state[size:]
+            begin = 32 * self.wide[k]
+            self.events[k][begin:begin + n * wide] = state[size:]
             if self.header[k][width + TAG] != loop.blank[TAG]:
                 raise ValueError("This state was made for another feature set: backfill a new store for this one.")
-        self.header[k][width + BASE], self.header[k][width + MASK] = 4, self.rooms[k] - 1
+        self.header[k][width + BASE], self.header[k][width + MASK] = 4 * self.wide[k], self.rooms[k] - 1
 
     def _more(self, k: int, n: int):
-        self.E[k] = np.empty((4 + (2 << int(n).bit_length()), self.E[k].shape[1]), np.int64)
+        self.E[k] = np.empty(((4 + (2 << int(n).bit_length())) * self.wide[k], 1), np.int64)
         self._bind()
         self._views()
 
     def packed(self, k: int) -> bytes | None:
-        width, wide, h = self.S[k].shape[1], 8 * self.E[k].shape[1], self.header[k]
-        if h[width + END] == 0: return None
-        first = h[width + BASE] + h[width + FIRST]
-        return bytes(self.states[k][8 * width:16 * width]) + bytes(self.events[k][first * wide:(first + h[width + END] - h[width + FIRST]) * wide])
+        width, h = self.S[k].shape[1], self.header[k]
+        if (n := h[width + END]) == 0: return None
+        first = 8 * h[width + BASE]
+        return bytes(self.states[k][8 * width:16 * width]) + bytes(self.events[k][first:first + 8 * n * len(self.engine.loops[k].columns)])

@@ -4,7 +4,7 @@
 __all__ = ['IN_TABLE', 'EARLIER', 'UP_TO_NOW', 'BLOCK', 'MAKE', 'TYPES', 'session', 'read', 'from_polars', 'to_polars', 'compute',
            'shuffles']
 
-# %% ../../nbs/20_features/20_spark.ipynb #97ee61db
+# %% ../../nbs/20_features/20_spark.ipynb #55e9e09a
 import contextlib
 import io
 import json
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def _pyspark():
     except ImportError as e: raise ImportError('Features on Spark need pyspark: pip install "fraudlab[spark]".') from e
     return pyspark.sql
 
-# %% ../../nbs/20_features/20_spark.ipynb #ca25a345
+# %% ../../nbs/20_features/20_spark.ipynb #ba99b17a
 def session(
     master: str | None = "local[*]",    # None: as spark-submit says
     partitions: int = 16,               # of a shuffle; on a cluster 2 to 3 a core, of 100 to 200 MB
@@ -41,7 +42,8 @@ def session(
     settings = {"spark.sql.session.timeZone": "UTC", "spark.sql.shuffle.partitions": partitions,
                 "spark.sql.execution.arrow.pyspark.enabled": True}
     if master: settings |= {"spark.master": master, "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1",
-                            "spark.ui.enabled": False, "spark.ui.showConsoleProgress": False, "spark.log.level": "ERROR"}
+                            "spark.ui.enabled": False, "spark.ui.showConsoleProgress": False, "spark.log.level": "ERROR",
+                            "spark.sql.warehouse.dir": f"{tempfile.gettempdir()}/spark-warehouse"}     # else one beside the caller
     if warehouse:
         settings |= {"spark.sql.warehouse.dir": str(warehouse), "spark.sql.catalogImplementation": "hive",
                      "spark.hadoop.javax.jdo.option.ConnectionURL": f"jdbc:derby:;databaseName={warehouse}/metastore;create=true",
@@ -245,9 +247,9 @@ def _risk(e: _Entity, f: Risk) -> str:
     if f.take == "frauds": return f"({frauds})"
     return _divided(f"{frauds} + {_number(f.prior_rate * f.prior_weight)}", f"{_total(e, f, 'payments', '1')} + {_number(f.prior_weight)}")
 
-# %% ../../nbs/20_features/20_spark.ipynb #e3c7b4dc
+# %% ../../nbs/20_features/20_spark.ipynb #626196cf
 def _with_events(e: _Entity, table):
-    "`table` with at: (the order) and here:, and for risks a row for each fraud that comes in (step: 1) or leaves (−1); of payments event: is −1."
+    "`table` with at: (the order) and here:; for risks also rows of frauds that come in (step: 1) or leave (-1), event: being -1 for payments."
     if not e.events: return table.selectExpr("*", "`time:` AS `at:`", f"{e.whole} AS `here:`")
     row = lambda at, event, step: f"named_struct('at', {at}, 'event', {event}, 'step', {step})"
     moments = [row(at, i, step) for i, event in enumerate(e.events) for at, step in zip(event, (1, -1), strict=True)]

@@ -379,7 +379,9 @@ class RedisStore(_RedisServer):
         for last in (True,) if write else (False, True):
             try: return self._exchange(command)
             except self.redis.exceptions.NoScriptError: raise
-            except self.redis.ResponseError as e: raise StoreError(f"{self.address} refuses: {e}. Nothing was written.") from e
+            except self.redis.ResponseError as e:
+                says = str(e).partition(", with args")[0]      # and without keys
+                raise StoreError(f"{self.address} refuses: {says}. Nothing was written.") from None
             except self.redis.RedisError as e:
                 if last or not isinstance(e, self.redis.ConnectionError):
                     raise StoreError(f"{self.address} does not answer: {e} Start the server, or correct the address."
