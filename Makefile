@@ -37,7 +37,7 @@ test: .venv/.test notebooks rooms style lessons pytest   ## the whole suite
 notebooks:       ## clean, and in step with the package and the README
 	$(BIN)/python .ci/notebooks.py
 lessons:         ## the notebooks' lesson cells
-	JAX_PLATFORMS=cpu $(BIN)/nbdev-test --n-workers 1 --timing $(if $(shell command -v java),,--skip_file_re spark)
+	JAX_PLATFORMS=cpu $(BIN)/nbdev-test --n-workers 1 --timing $(if $(shell command -v java),,--skip-file-re '^[_.]|spark')
 pytest:
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 rooms:           ## a room imports only from rooms with smaller numbers

@@ -33,7 +33,8 @@ def numbers(subject: Subject, payments: pl.DataFrame, labels: pl.DataFrame) -> p
     frame = given if isinstance(given, pl.DataFrame) else pl.DataFrame([pl.Series(name, _axis(values)) for name, values in given.items()])
     if "payment_id" not in frame.columns:
         if len(frame) != len(payments):
-            raise ValueError(f"The subject gave {len(frame):,} rows for {len(payments):,} payments: give one each, or name them in a column payment_id.")
+            raise ValueError(f"The subject gave {len(frame):,} rows for {len(payments):,} payments: give one each, "
+                             "or name them in a column payment_id.")
         frame = frame.with_columns(payments["payment_id"])
     if frame["payment_id"].is_duplicated().any(): frame = frame.group_by("payment_id", maintain_order=True).agg(pl.all())
     return frame
@@ -103,7 +104,7 @@ def _category(column: pl.Series, pool: pl.Series, own: str | None, rng: np.rando
     "Values of the table, often that of the payment at the cut, or a new one. A currency is one that the table has."
     n = len(column)
     drawn = pool.gather(np.where(rng.random(n) < .3, pool.index_of(own) if own is not None else 0, rng.integers(len(pool), size=n)))
-    if column.name == "currency": return drawn
+    if column.name == "currency" or column.dtype not in (pl.String, pl.Categorical): return drawn
     return drawn.zip_with((drawn != column).fill_null(True), pl.Series(["another"] * n, dtype=column.dtype))
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d1000d
@@ -128,7 +129,8 @@ def _added(table: pl.DataFrame, cut: Cut, n: int, rng: np.random.Generator) -> p
     near = [cut.payment.with_columns(pl.lit(rows[i, c], rows.schema[c]).alias(c) for c in swap) for i, swap in enumerate(swaps)]
     rows = pl.concat([*near, rows[len(near):]])
     place = cut.payment[PLACE][0] + np.where(np.arange(n) % 2, .5, -.5)
-    return rows.with_columns(_other(rows["amount"], table, cut, rng), pl.Series("payment_id", [f"added {i + 1}" for i in range(n)]), pl.Series(PLACE, place))
+    names = pl.Series("payment_id", [f"added {i + 1}" for i in range(n)])
+    return rows.with_columns(names, _other(rows["amount"], table, cut, rng), pl.Series(PLACE, place))
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d1000f
 def _labels(world: World, payments: pl.DataFrame, cut: Cut, rng: np.random.Generator) -> pl.DataFrame:
@@ -153,7 +155,8 @@ def _late(rows: pl.DataFrame, table: pl.DataFrame, cut: Cut, rng: np.random.Gene
 def moved(before: pl.DataFrame, after: pl.DataFrame, shared: pl.DataFrame, tolerance: float) -> dict[str, np.ndarray]:
     "For each column, which of the payments `shared` have another number in `after`, by more than `tolerance` of its size."
     a, b = (shared.select("payment_id").join(frame, "payment_id", "left", maintain_order="left") for frame in (before, after))
-    if set(a.columns) != set(b.columns): raise ValueError(f"The subject's columns depend on the rows: {sorted(set(a.columns) ^ set(b.columns))}. Give the same columns always.")
+    if other := sorted(set(a.columns) ^ set(b.columns)):
+        raise ValueError(f"The subject's columns depend on the rows: {', '.join(other)}. Give the same columns always.")
     return {c: _differs(a[c], b[c], tolerance) for c in a.columns if c != "payment_id"}
 
 def _differs(a: pl.Series, b: pl.Series, tolerance: float) -> np.ndarray:
@@ -232,7 +235,8 @@ class _Probe:
 # %% ../../nbs/20_features/80_audit.ipynb #a0d1001b
 def _shrunk(probe: _Probe, before: World, after: World) -> tuple[World, World]:
     "The smallest worlds found that still differ in the probe's number."
-    def fewer_changes(before, after): return mixed(before, after, smallest(differences(before, after), lambda rows: probe(before, mixed(before, after, rows))))
+    def fewer_changes(before, after):
+        return mixed(before, after, smallest(differences(before, after), lambda rows: probe(before, mixed(before, after, rows))))
     after = fewer_changes(before, after)
     own = ("payments", probe.payment["payment_id"][0])
     rest = [row for row in dict.fromkeys(_rows(before) + _rows(after)) if row != own]
@@ -285,7 +289,8 @@ def report(findings: list[Finding]) -> pl.DataFrame:
     "A row a finding; no rows: no leak was found."
     names = [n for n in Finding.__dataclass_fields__ if n not in ("before", "after")]
     kinds = {"event_time": TIME, "changes": pl.Int64, "payments": pl.Int64, "moved": pl.Int64}
-    return pl.DataFrame([[getattr(f, n) for n in names] for f in findings], {n: kinds.get(n, pl.String) for n in names}, orient="row").select("subject", *names[:-1])
+    rows = [[getattr(f, n) for n in names] for f in findings]
+    return pl.DataFrame(rows, {n: kinds.get(n, pl.String) for n in names}, orient="row").select("subject", *names[:-1])
 
 def example(finding: Finding) -> pl.DataFrame:
     "The payments of the smallest example with their labels: those that both worlds have, those as they were, and as they became."
@@ -343,8 +348,8 @@ def _finding(probe: _Probe, before: World, after: World, count: int, name: str) 
     rows = differences(before, after)
     told = [_told(before, after, *row, payment_id, now) for row in rows[:3]]
     change = " and ".join([*(text for _, text in told), *([f"{len(rows) - 3:,} more changes"] if len(rows) > 3 else [])])
-    return Finding(column, payment_id, own["event_time"][0], _text(was), _text(became), told[0][0], change, len(rows),
-                   pl.concat([w.payments["payment_id"] for w in (before, after)]).n_unique(), count, name, before, after)
+    payments = pl.concat([w.payments["payment_id"] for w in (before, after)]).n_unique()
+    return Finding(column, payment_id, own["event_time"][0], _text(was), _text(became), told[0][0], change, len(rows), payments, count, name, before, after)
 
 def _cell(frame: pl.DataFrame, payment_id: str, column: str):
     value = frame.filter(payment_id=payment_id)[column]
@@ -367,13 +372,15 @@ def audit(
     world = World(tables[0].with_columns(pl.int_range(pl.len()).cast(pl.Float64).alias(PLACE)), tables[1])
     given, rng, found = numbers(subject, *world.tables()), np.random.default_rng(seed), {}
     for cut in draw(world, given, cuts, rng):
-        shared = world.payments.filter(~cut.later).sort(pl.col("event_time") == cut.when, PLACE)
+        shared = world.payments.filter(~cut.later).sort(pl.col("event_time") == cut.when, PLACE)    # the payment at the cut is the last
         for twin in (ended(world, cut), different(world, cut, rng, late)):
-            for after, names in _pairs(world, twin, cut, [c for c in given.columns if c != "payment_id"], ties):
+            for after, columns in _pairs(world, twin, cut, given.drop("payment_id").columns, ties):
                 for column, places in moved(given, numbers(subject, *after.tables()), shared, tolerance).items():
-                    if column in names and places.any(): found.setdefault(column, []).append((after, shared["payment_id"][int(places.nonzero()[0][-1])], int(places.sum())))
+                    if column not in columns or not places.any(): continue
+                    found.setdefault(column, []).append((after, shared["payment_id"].filter(pl.Series(places))))
     if found: _refuse_chance(subject, world, given, tolerance)
-    return [_finding(_Probe(subject, c, cases[0][1], tolerance, effort), world, cases[0][0], max(n for *_, n in cases), name) for c, cases in found.items()]
+    return [_finding(_Probe(subject, column, cases[0][1][-1], tolerance, effort), world, cases[0][0], max(len(ids) for _, ids in cases), name)
+            for column, cases in found.items()]
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10025
 def draw(world: World, given: pl.DataFrame, cuts: int, rng: np.random.Generator) -> list[Cut]:
@@ -381,8 +388,8 @@ def draw(world: World, given: pl.DataFrame, cuts: int, rng: np.random.Generator)
     able = world.payments.join(given, "payment_id", "semi", maintain_order="left").sort("event_time", PLACE)
     if not len(able): raise ValueError("The subject gives no numbers for any payment: there is nothing to audit.")
     tied = able.filter(pl.col("event_time").is_duplicated())
-    rows = [able[:1], *([tied.sample(1, seed=int(rng.integers(2**31)))] if len(tied) else []), able.sample(min(cuts, len(able)), seed=int(rng.integers(2**31)))]
-    chosen = pl.concat(rows).unique("payment_id", maintain_order=True).head(cuts)
+    some = lambda rows, n: rows.sample(min(n, len(rows)), seed=int(rng.integers(2**31)))
+    chosen = pl.concat([able[:1], some(tied, 1), some(able, cuts)]).unique("payment_id", maintain_order=True).head(cuts)
     return [Cut(row["event_time"].to_physical()[0], row) for row in chosen.iter_slices(1)]
 
 def _pairs(world: World, twin: World, cut: Cut, columns: list[str], ties: Collection[str]):
@@ -396,7 +403,8 @@ def _pairs(world: World, twin: World, cut: Cut, columns: list[str], ties: Collec
 def _refuse_chance(subject: Subject, world: World, given: pl.DataFrame, tolerance: float):
     again = moved(given, numbers(subject, *world.tables()), world.payments.select("payment_id"), tolerance)
     if unequal := [c for c, places in again.items() if places.any()]:
-        raise ValueError(f"The subject gives other numbers for '{unequal[0]}' each time it is asked. Give it a seed, or an order where rows are equal.")
+        raise ValueError(f"The subject gives other numbers for '{unequal[0]}' each time it is asked. "
+                         "Give it a seed, or an order where rows are equal.")
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10030
 def feature_subject(
@@ -453,7 +461,8 @@ def audit_split(
 
 def _fault(cause: str, rows: pl.DataFrame, told: Callable[[dict], str], name: str) -> Finding:
     row = rows.row(0, named=True)
-    return Finding("row", row["payment_id"], row["event_time"], "", "", cause, told(row), 1, 1 + ("payment_id_train" in row), rows["payment_id"].n_unique(), name)
+    return Finding("row", row["payment_id"], row["event_time"], "", "", cause, told(row), payments=1 + ("payment_id_train" in row),
+                   moved=rows["payment_id"].n_unique(), subject=name)
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d1003b
 def audit_extracts(
@@ -465,14 +474,15 @@ def audit_extracts(
     until = earlier[0]["event_time"].max()
     found = []
     for table, time, cause in ((0, "event_time", "late value"), (1, "known_at", "label")):
-        before, after = (tables[table].filter(pl.col(time) < until) for tables in (earlier, later))
-        pairs = before.with_columns(pl.lit(True).alias("there")).join(after.with_columns(pl.lit(True).alias("there")), "payment_id", "full", coalesce=True, suffix=" later")
-        for column in ("there", *before.columns[1:]):
+        before, after = (tables[table].filter(pl.col(time) < until).with_columns(there=pl.lit(True)) for tables in (earlier, later))
+        pairs = before.join(after, "payment_id", "full", coalesce=True, suffix=" later")
+        pairs = pairs.with_columns(pl.col(time).fill_null(pl.col(f"{time} later")).alias("when")).sort("when")
+        for column in ("there", *before.columns[1:-1]):
             both = pl.lit(True) if column == "there" else pl.col("there") & pl.col("there later")
-            rows = pairs.filter(both & pl.col(column).ne_missing(pl.col(f"{column} later"))).with_columns(pl.col(time).fill_null(pl.col(f"{time} later"))).sort(time)
-            if len(rows): found.append(_revised(rows.row(0, named=True), column, time, cause, len(rows), name))
+            rows = pairs.filter(both & pl.col(column).ne_missing(pl.col(f"{column} later")))
+            if len(rows): found.append(_revised(rows.row(0, named=True), column, cause, len(rows), name))
     return found
 
-def _revised(row: dict, column: str, time: str, cause: str, count: int, name: str) -> Finding:
+def _revised(row: dict, column: str, cause: str, count: int, name: str) -> Finding:
     was, became = (("missing", "there")[bool(v)] if column == "there" else _text(v) for v in (row[column], row[f"{column} later"]))
-    return Finding("row" if column == "there" else column, row["payment_id"], row[time], was, became, cause, "in a later extract", 1, 1, count, name)
+    return Finding("row" if column == "there" else column, row["payment_id"], row["when"], was, became, cause, "in a later extract", 1, 1, count, name)

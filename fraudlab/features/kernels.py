@@ -167,7 +167,7 @@ def _squares(loop: Loop, f) -> tuple[str, str]:
     if new: loop.both(front, tail, f.of, *(f"{high}, {low} = add_square({high}, {low}, x, {sign})" for sign in (1, -1)))
     return high, low
 
-# %% ../../nbs/20_features/05_kernels.ipynb #bbd80648
+# %% ../../nbs/20_features/05_kernels.ipynb #d2679341
 def _extreme(loop: Loop, f) -> str:
     "Smallest or largest; searched anew when it leaves."
     front, tail = loop.span(f)
@@ -189,22 +189,26 @@ def _distinct(loop: Loop, f) -> str:
         loop.tables.append(f.of)
         loop.both(front, tail, f.of, f"{d} += {last}[x] < {tail}; {last}[x] = {front}", f"{d} -= {last}[x] == {tail}")
     elif new:
-        place = len(loop.columns) + distincts(loop.plan).index(f.of)
-        loop.both(front, tail, f.of, *(f"{d} {sign}= absent(E, base + (mask + 1) * {place}, mask, {start}, {front}, x)" for sign, start in (("+", tail), ("-", f"{tail} + 1"))))
+        place = distincts(loop.plan).index(f.of)
+        where = f"{len(loop.columns)}, {place}, {loop.columns.index(f.of)}"
+        loop.both(front, tail, f.of, *(f"{d} {sign}= absent(E, G, base, mask, {where}, {start}, {front}, x)" for sign, start in (("+", tail), ("-", f"{tail} + 1"))))
     return d
 
 @njit
-def absent(E, base, mask, a, b, x):
-    "Whether no event from place `a` to before `b` has `x` in the column that begins at `base`."
+def absent(E, G, base, mask, wide, place, column, a, b, x):
+    "Whether no event from place `a` to before `b` has `x` in `column`: 16 bits of each are searched, and what is found is looked at."
+    bits, column16 = np.int16(x & 0x7FFF), 4 * (base + (mask + 1) * wide) + (mask + 1) * place
     while a < b:
-        n, found, at = min(b - a, 32, mask + 1 - (a & mask)), False, base + (a & mask)   # stretches that do not wrap round, without a branch
-        for i in range(n): found |= E[at + i] == x
-        if found: return False
+        n, found, at = min(b - a, 128, mask + 1 - (a & mask)), False, column16 + (a & mask)   # stretches that do not wrap round, without a branch
+        for i in range(n): found |= G[at + i] == bits
+        if found:
+            for j in range(a, a + n):
+                if E[base + (j & mask) * wide + column] == x: return False
         a += n
     return True
 
 def distincts(plan: Plan) -> list[str]:
-    "Categories whose different values are counted: online, each is kept as a column of its own beside the events."
+    "Categories whose different values are counted: online, 16 bits of each are kept as a column of their own beside the events."
     return sorted({f.of for f in plan.features if f.take == "distinct"})
 
 def _hits(loop: Loop, f) -> str:
@@ -393,7 +397,7 @@ def online_source(plan: Plan, k: int) -> OnlineLoop:
     parts = [_evaluate(plan, loop, where, old, k), _drop(loop, old, k), _report(loop, where, k), _rebase(loop, where, k)]
     return OnlineLoop("\n\n".join(parts), columns, tails, _blank(loop, lasting), horizon)
 
-# %% ../../nbs/20_features/05_kernels.ipynb #f8e751a7
+# %% ../../nbs/20_features/05_kernels.ipynb #db32f41f
 _PLACE = ["base, mask, first, end = S[o, 0], S[o, 1], S[o, 2], S[o, 3]"]
 
 def _evaluate(plan: Plan, loop: Loop, where: dict, old: dict, k: int) -> str:
@@ -401,12 +405,12 @@ def _evaluate(plan: Plan, loop: Loop, where: dict, old: dict, k: int) -> str:
     lines = [*_PLACE, "if anew:", *(f"    {s}" for s in begin), "else:", *(f"    {v} = {at}" for v, at in where.items()), *advance(loop),
              "if store:", *(f"    {at} = {v}" for v, at in where.items()), "if not read: return", *loop.reads,
              *(f"out[{place}] = out{n}" for n, place in enumerate(plan.places))]
-    return "\n    ".join([f"def evaluate{k}(E, F, S, SF, o, i, t, now, shares, anew, store, read, out):", *lines])
+    return "\n    ".join([f"def evaluate{k}(E, F, G, S, SF, o, i, t, now, shares, anew, store, read, out):", *lines])
 
 def _drop(loop: Loop, old: dict, k: int) -> str:
     "Let go of the events before place `upto`: what nothing takes back is added up first."
     lines = [line for front, columns in loop.forever.items() for line in (f"for head in range(first, upto):", *(f"    {s}" for s in _statements(loop, columns, "head"))) if columns]
-    return "\n    ".join([f"def drop{k}(E, F, S, SF, o, upto, shares):", *_PLACE, *(f"{v} = {at}" for v, at in old.items()), *lines,
+    return "\n    ".join([f"def drop{k}(E, F, G, S, SF, o, upto, shares):", *_PLACE, *(f"{v} = {at}" for v, at in old.items()), *lines,
                           *(f"{at} = {v}" for v, at in old.items()), "S[o, 2] = upto"])
 
 def _report(loop: Loop, where: dict, k: int) -> str:

@@ -49,9 +49,9 @@ def same(E, S, o, t, id, wide):
         j -= 1
     return -1
 
-# %% ../../nbs/20_features/30_online.ipynb #75905b4a
+# %% ../../nbs/20_features/30_online.ipynb #ca52d10d
 @njit(inline="always")
-def place(E, S, o, t, id, lateness, wide, columns):
+def place(E, G, S, o, t, id, lateness, wide, columns):
     "Status and place of a payment; room is made for one that is added."
     end = S[o, END]
     if t <= S[o, LAST]:
@@ -60,20 +60,21 @@ def place(E, S, o, t, id, lateness, wide, columns):
         if t < S[o, LAST] - lateness: return TOO_LATE, -1
     S[o, END] = end + 1
     if t >= S[o, LAST]: return NEW, end
-    return LATE, _squeeze(E, S, o, t, wide, columns)
+    return LATE, _squeeze(E, G, S, o, t, wide, columns)
 
 @njit
-def _squeeze(E, S, o, t, wide, columns):
+def _squeeze(E, G, S, o, t, wide, columns):
     "Make place for a payment at `t` among those that are there."
     S[o, END] -= 1
     at, base, mask = find(E, S, o, t, wide), S[o, BASE], S[o, MASK]
     for j in range(S[o, END], at, -1):
         for c in range(wide): E[base + (j & mask) * wide + c] = E[base + ((j - 1) & mask) * wide + c]
-        for c in range(wide, wide + columns): E[base + (mask + 1) * c + (j & mask)] = E[base + (mask + 1) * c + ((j - 1) & mask)]
+        column = 4 * (base + (mask + 1) * wide)
+        for c in range(columns): G[column + (mask + 1) * c + (j & mask)] = G[column + (mask + 1) * c + ((j - 1) & mask)]
     S[o, END] += 1
     return at
 
-# %% ../../nbs/20_features/30_online.ipynb #11f70083
+# %% ../../nbs/20_features/30_online.ipynb #7aae67fa
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)   # 2^64 / golden ratio: spreads keys that are near to one another
 
 @njit(inline="always")
@@ -100,19 +101,19 @@ def slot(H, C, S, blank, key):
     return C[0]
 
 @njit
-def double(E, C, free, S, o, wide, columns):
+def double(E, G, C, free, S, o, wide, columns):
     "Twice as many places for the events of entity `o` (from none, 4); False if the pool has no room."
     old, size, kind = S[o, MASK] + 1, max(4, 2 * (S[o, MASK] + 1)), 0
     while 4 << kind < size: kind += 1
     base = free[kind]
     if base >= 0: free[kind] = E[base]
-    elif C[1] + size * (wide + columns) <= len(E):
+    elif C[1] + size * wide + size // 4 * columns <= len(E):
         base = C[1]
-        C[1] += size * (wide + columns)
+        C[1] += size * wide + size // 4 * columns
     else: return False
     for j in range(S[o, FIRST], S[o, END]):
         for c in range(wide): E[base + (j & (size - 1)) * wide + c] = E[S[o, BASE] + (j & S[o, MASK]) * wide + c]
-        for c in range(wide, wide + columns): E[base + size * c + (j & (size - 1))] = E[S[o, BASE] + old * c + (j & S[o, MASK])]
+        for c in range(columns): G[4 * (base + size * wide) + size * c + (j & (size - 1))] = G[4 * (S[o, BASE] + old * wide) + old * c + (j & S[o, MASK])]
     if old:
         E[S[o, BASE]] = free[kind - 1]
         free[kind - 1] = S[o, BASE]
@@ -126,13 +127,15 @@ def expired(E, S, o, keep, wide):
     while j < S[o, END] - 1 and E[S[o, BASE] + (j & S[o, MASK]) * wide] < S[o, LAST] - keep: j += 1
     return j
 
-# %% ../../nbs/20_features/30_online.ipynb #e1e9e039
+# %% ../../nbs/20_features/30_online.ipynb #68bde24f
 @njit
-def split(E, S, o, wide, place, column):
-    "Fill the column of its own that is kept of `column`."
-    for j in range(S[o, END]): E[S[o, BASE] + (S[o, MASK] + 1) * place + (j & S[o, MASK])] = E[S[o, BASE] + (j & S[o, MASK]) * wide + column]
+def split(E, G, S, o, wide, place, of):
+    "Fill the column of 16 bits that is kept of the column `of`."
+    cap = S[o, MASK] + 1
+    column = 4 * (S[o, BASE] + cap * wide) + cap * place
+    for j in range(S[o, END]): G[column + (j & S[o, MASK])] = E[S[o, BASE] + (j & S[o, MASK]) * wide + of] & 0x7FFF
 
-# %% ../../nbs/20_features/30_online.ipynb #8eb651d1
+# %% ../../nbs/20_features/30_online.ipynb #e413e009
 @intrinsic
 def fetch(typing, address):
     "Ask for the cache line at an address."
@@ -154,9 +157,9 @@ def fetch_events(S, o, E, wide, columns, tails):
     fetch(E + 8 * (base + (S[o, END] & mask) * wide))
     for tail in tails:
         fetch(E + 8 * (base + (S[o, tail] & mask) * wide))
-        for c in range(wide, wide + columns): fetch(E + 8 * (base + (mask + 1) * c + (S[o, tail] & mask)))
+        for c in range(columns): fetch(E + 8 * (base + (mask + 1) * wide) + 2 * ((mask + 1) * c + (S[o, tail] & mask)))
 
-# %% ../../nbs/20_features/30_online.ipynb #45f9822d
+# %% ../../nbs/20_features/30_online.ipynb #de2bce91
 @intrinsic
 def pointer(typing, address):
     "An address as a pointer."
@@ -173,11 +176,12 @@ def floats(A, at): return carray(pointer(A[at]), (A[at + 1], A[at + 2]), np.floa
 
 @njit(inline="always")
 def flat(A, at):
-    "An array of one column, as integers and as floats."
-    return carray(pointer(A[at]), (A[at + 1],), np.int64), carray(pointer(A[at]), (A[at + 1],), np.float64)
+    "An array of one column, as integers, as floats, and as integers of 16 bits."
+    p = pointer(A[at])
+    return carray(p, (A[at + 1],), np.int64), carray(p, (A[at + 1],), np.float64), carray(p, (4 * A[at + 1],), np.int16)
 
 _PAYMENT = """
-def ready{k}(E, F, S, SF, H, C, free, blank, key, keep, shares):
+def ready{k}(E, F, G, S, SF, H, C, free, blank, key, keep, shares):
     if key == NULL:
         S[0] = blank; S[0, BASE] = 0; S[0, MASK] = 3
         return 0
@@ -185,13 +189,13 @@ def ready{k}(E, F, S, SF, H, C, free, blank, key, keep, shares):
     if o < 0: return -1
     if S[o, END] - S[o, FIRST] == S[o, MASK] + 1:
         upto = expired(E, S, o, keep, {wide})
-        if upto > S[o, FIRST]: drop{k}(E, F, S, SF, o, upto, shares)
-        elif not double(E, C, free, S, o, {wide}, {columns}): return -1
+        if upto > S[o, FIRST]: drop{k}(E, F, G, S, SF, o, upto, shares)
+        elif not double(E, G, C, free, S, o, {wide}, {columns}): return -1
     return o
 
-def see{k}(E, F, S, SF, o, row, lateness, shares, out):
+def see{k}(E, F, G, S, SF, o, row, lateness, shares, out):
     t = row[0]
-    status, i = place(E, S, o, t, row[1], lateness, {wide}, {columns})
+    status, i = place(E, G, S, o, t, row[1], lateness, {wide}, {columns})
     if status == TOO_LATE:
         {missing}
         return status
@@ -200,12 +204,12 @@ def see{k}(E, F, S, SF, o, row, lateness, shares, out):
         {copied}
     if status == NEW and t > S[o, REPORTED]:
         S[o, LAST] = t
-        evaluate{k}(E, F, S, SF, o, i, t, NEVER - 1, shares, False, True, True, out)
+        evaluate{k}(E, F, G, S, SF, o, i, t, NEVER - 1, shares, False, True, True, out)
     else:
-        evaluate{k}(E, F, S, SF, o, i, t, t, shares, True, False, True, out)
+        evaluate{k}(E, F, G, S, SF, o, i, t, t, shares, True, False, True, out)
         if status != DUPLICATE:
             S[o, LAST] = max(t, S[o, LAST])
-            evaluate{k}(E, F, S, SF, o, S[o, END] - 1, S[o, LAST], NEVER - 1, shares, True, True, False, out)
+            evaluate{k}(E, F, G, S, SF, o, S[o, END] - 1, S[o, LAST], NEVER - 1, shares, True, True, False, out)
     {nobody}
     return status
 
@@ -220,7 +224,7 @@ def reported{k}(E, S, o, t, id, known):
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #9d107cbd
+# %% ../../nbs/20_features/30_online.ipynb #b593915a
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
@@ -254,9 +258,9 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     "Source of `replay` (of one payment, `packed`: with its entities' states in row 1) and `reports`, for all entities of a set."
     lines = {name: [] for name in ("views", "ahead", "ready", "seen", "chosen", "trimmed", "noted")}
     for k, (plan, loop) in enumerate(zip(plans, loops, strict=True)):
-        at, arrays, place = 9 + VIEW * k, f"E{k}, F{k}, S{k}, SF{k}", columns.index(keys[plan.entity])
+        at, arrays, place = 9 + VIEW * k, f"E{k}, F{k}, G{k}, S{k}, SF{k}", columns.index(keys[plan.entity])
         key = f"row[{place}]"
-        lines["views"] += [f"S{k}, SF{k} = integers(A, {at}), floats(A, {at})", f"E{k}, F{k} = flat(A, {at + 3})",
+        lines["views"] += [f"S{k}, SF{k} = integers(A, {at}), floats(A, {at})", f"E{k}, F{k}, G{k} = flat(A, {at + 3})",
                            f"H{k}, C{k}, free{k} = integers(A, {at + 6}), integers(A, {at + 9})[0], integers(A, {at + 12})[0]",
                            f"blank{k}, shares{k} = integers(A, {at + 15})[0], integers(A, {at + 18})[0]"]
         lines["ahead"] += [f"if m + 24 < stop: fetch(A[{at + 6}] + 16 * bucket(H{k}, rows[m + 24, {place}]))",
@@ -265,7 +269,7 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
         lines["ready"].append(f"o{k} = ready{k}({arrays}, H{k}, C{k}, free{k}, blank{k}, {key}, A[{at + 21}], shares{k})")
         lines["seen"].append(f"status[m, 0] = max(status[m, 0], see{k}({arrays}, o{k}, row, A[{at + 22}], shares{k}, out[m]))")
         lines["chosen"] += [f"o{k} = 0 if {key} == NULL else 1", f"if o{k} == 0: S{k}[0] = blank{k}; S{k}[0, BASE] = 0; S{k}[0, MASK] = 3"]
-        lines["chosen"] += [f"split(E{k}, S{k}, o{k}, {len(loop.columns)}, {len(loop.columns) + d}, {loop.columns.index(c)})" for d, c in enumerate(distincts(plan))]
+        lines["chosen"] += [f"split(E{k}, G{k}, S{k}, o{k}, {len(loop.columns)}, {d}, {loop.columns.index(c)})" for d, c in enumerate(distincts(plan))]
         lines["trimmed"] += [f"upto = expired(E{k}, S{k}, o{k}, A[{at + 21}], {len(loop.columns)})", f"if upto > S{k}[o{k}, FIRST]: drop{k}({arrays}, o{k}, upto, shares{k})",
                              f"S{k}[o{k}, BASE] += S{k}[o{k}, FIRST] * {len(loop.columns)}; rebase{k}(S{k}, o{k})"]
         if plan.risk:
@@ -275,14 +279,14 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     filled = {name: f"\n{' ' * deep[name]}".join(found or ["pass"]) for name, found in lines.items()}
     return _ALL.format(size=9 + VIEW * len(plans), full=" or ".join(f"o{k} < 0" for k in range(len(plans))), **filled)
 
-# %% ../../nbs/20_features/30_online.ipynb #4cc48c89
+# %% ../../nbs/20_features/30_online.ipynb #1b322cda
 def _source(features: FeatureSet, columns: list[str], keys: dict) -> tuple[str, list]:
     "Source of everything that is compiled for a set, and its entities' loops."
     chosen, parts = plans(features), []
     loops = [online_source(plan, k) for k, plan in enumerate(chosen)]
     for k, (plan, loop) in enumerate(zip(chosen, loops, strict=True)):
         copied = [f"E[at + {c}] = row[{columns.index(name)}]" for c, name in enumerate(loop.columns)]
-        copied += [f"E[S[o, BASE] + cap * {len(loop.columns) + d} + (i & S[o, MASK])] = row[{columns.index(name)}]" for d, name in enumerate(distincts(plan))]
+        copied += [f"G[4 * (S[o, BASE] + cap * {len(loop.columns)}) + cap * {d} + (i & S[o, MASK])] = row[{columns.index(name)}] & 0x7FFF" for d, name in enumerate(distincts(plan))]
         nobody = [f"if o == 0: out[{p}] = {over_nothing(f)!r}" for p, f in zip(plan.places, plan.features, strict=True) if getattr(f, "closed", "") == "right"]
         text = _PAYMENT.format(k=k, wide=len(loop.columns), columns=len(distincts(plan)), missing="; ".join(f"out[{p}] = nan" for p in plan.places), copied="\n        ".join(copied),
                                nobody="\n    ".join(nobody or ["pass"]), known=loop.columns.index("known") if plan.risk else -1)

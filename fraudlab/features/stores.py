@@ -439,20 +439,24 @@ class Stored:
 
     def update(self, payment: dict) -> tuple[np.ndarray, str]:
         "Features [K] float32 of `payment`, which is then remembered, and what happened to it: new, late, too late or a duplicate."
-        return self._at(payment, lambda states: self.engine.update(states, payment))
+        def change(states: Blobs):
+            with self.lock: values, states, status = self.engine.update(states, payment)
+            return states, (values, status)
+        return self._at(payment, change)
 
     def report(self, payment: dict, known_at: datetime | None):
         "Note that `payment` was a fraud, known from `known_at` on (None: it was none after all)."
-        self._at(payment, lambda states: (None, self.engine.report(states, payment, known_at), None))
+        def change(states: Blobs):
+            with self.lock: return self.engine.report(states, payment, known_at), None
+        self._at(payment, change)
 
-    def _at(self, payment: dict, step: Callable) -> tuple:
+    def _at(self, payment: dict, change: Callable[[Blobs], tuple[Blobs, Result]]) -> Result:
         keys = self.engine.keys(payment)
-        there = [short(k) for k in keys if k]
-        def change(blobs: Blobs):
-            held = blobs if len(there) == len(keys) else _spread(blobs, keys)
-            with self.lock: values, new, status = step(held)
-            return new if held is blobs else [b for b, k in zip(new, keys, strict=True) if k], (values, status)
-        return self.store.update(there, change)
+        if None not in keys and max(map(len, keys), default=0) <= LONGEST: return self.store.update(keys, change)
+        def some(blobs: Blobs):
+            new, result = change(_spread(blobs, keys))
+            return [b for b, k in zip(new, keys, strict=True) if k], result
+        return self.store.update([short(k) for k in keys if k], some)
 
 def _spread(blobs: Blobs, keys: list[bytes | None]) -> Blobs:
     "The blobs, with None for a payment's missing keys."
