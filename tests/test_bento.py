@@ -130,7 +130,7 @@ def test_the_locked_packages_are_enough(packed, unpacked, tmp_path):
     """Score with every installed package hidden that the bento does not lock, and with the library from its wheel."""
     assert "jupyterlab" in {d.metadata["Name"] for d in metadata.distributions()}, "nothing would be hidden"
     command = [sys.executable, "-c", textwrap.dedent(LOADS), packed[0], unpacked]
-    environment = ALONE | {"BENTOML_HOME": str(tmp_path), "FRAUDLAB_STATE": str(tmp_path / "state.sqlite")}
+    environment = ALONE | {"BENTOML_HOME": str(tmp_path), "FRAUDLAB_STATE": f"lmdb:{tmp_path}/state.lmdb"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     file, score = done.stdout.split()
@@ -147,7 +147,7 @@ def test_the_bento_answers_with_its_own_bundle(packed, unpacked, tmp_path):
         "PYTHONPATH": unpacked,
         "BENTOML_HOME": tmp_path / "bentoml",
         "FRAUDLAB_ROOT": tmp_path,
-        "FRAUDLAB_STATE": tmp_path / "state.sqlite",
+        "FRAUDLAB_STATE": f"lmdb:{tmp_path}/state.lmdb",
     }
     with running(command, ALONE | {k: str(v) for k, v in own.items()}, f"http://127.0.0.1:{port}", log) as address:
         body = json.dumps(example(bundle)).encode()
@@ -155,6 +155,8 @@ def test_the_bento_answers_with_its_own_bundle(packed, unpacked, tmp_path):
         answer = json.load(urllib.request.urlopen(request))
     assert answer["bundle"] == bundle.version
     assert "Traceback" not in log.read_text()
+    assert (tmp_path / "state.lmdb").exists()
+    assert not (tmp_path / "state.lmdb-open").exists(), "stopped, it closes its state"
 
 
 def test_a_spoilt_bundle_is_not_packed(packed, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def server(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FRAUDLAB_ROOT", str(ROOT))
             patch.setenv("FRAUDLAB_API_KEY", KEY)
-            address = running.enter_context(started(folder, public_key=keys.public, state=lab / "state.sqlite", log=lab / "log"))
+            address = running.enter_context(started(folder, public_key=keys.public, state=f"lmdb:{lab}/state.lmdb", log=lab / "log"))
         yield Server(int(address.rpartition(":")[2]), lab / "log", load(folder, keys.public), folder, keys.public)
 
 
@@ -111,7 +111,7 @@ def test_one_payment_and_lists_get_the_scores_of_a_scorer_of_their_own(server, t
     many = post(server, payments[1:])
     assert [a["payment_id"] for a in many.json] == [p["payment_id"] for p in payments[1:]]
     read, _ = payment_reader(server.bundle)(json.dumps(payments).encode())
-    expected = Scorer(server.bundle, tmp_path / "state.sqlite").score(read)
+    expected = Scorer(server.bundle, f"lmdb:{tmp_path}/state.lmdb").score(read)
     np.testing.assert_allclose([one.json["score"], *(a["score"] for a in many.json)], expected, atol=1e-6)
     assert len(set(np.round(expected, 6))) > 15, "the scores must differ, or this shows nothing"
 
@@ -463,7 +463,7 @@ def test_an_error_of_ours_is_logged_without_the_payment(server, caplog):
     def score(payments):
         raise KeyError(payments[0]["payer_id"])
 
-    app = application(lambda: SimpleNamespace(bundle=server.bundle, score=score))
+    app = application(lambda: SimpleNamespace(bundle=server.bundle, score=score, close=lambda: None))
     with Ready(app) as client:
         answer = client.post("/v1/score", json=payment(server, "x", payer_id=CANARY))
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
@@ -488,7 +488,7 @@ class Ready(TestClient):
 
 
 def test_without_a_key_only_this_machine_is_answered(server):
-    app = application(lambda: SimpleNamespace(bundle=server.bundle))
+    app = application(lambda: SimpleNamespace(bundle=server.bundle, close=lambda: None))
     with Ready(app) as client:
         for host in ("127.0.0.1:3000", "localhost", "[::1]:80"):
             assert client.get("/v1/model", headers={"host": host}).status_code == 200, host
@@ -565,7 +565,7 @@ def test_any_body_is_read_or_refused(server, body):
 )
 def test_the_service_refuses_to_start_where_others_could_reach_it(server, tmp_path, monkeypatch, changes, arguments, says):
     monkeypatch.setenv("FRAUDLAB_ROOT", str(ROOT))
-    command, environment = serve_command(server.folder, public_key=server.key, state=tmp_path / "state", home=tmp_path / "bentoml")
+    command, environment = serve_command(server.folder, public_key=server.key, state=f"lmdb:{tmp_path}/state", home=tmp_path / "bentoml")
     command = command[: command.index("--host")] + arguments  # as somebody would call bentoml, past our own check
     with pytest.raises(RuntimeError) as ended, running(command, environment | changes, f"http://127.0.0.1:{free_port()}", tmp_path / "log"):
         pass
@@ -594,6 +594,6 @@ def test_a_service_with_a_spoilt_bundle_does_not_start(server, tmp_path, monkeyp
     (folder / "weights.safetensors").write_bytes(b"\0" + (folder / "weights.safetensors").read_bytes()[1:])
     with (
         pytest.raises(RuntimeError, match=r"ended with code 1(.|\n)*weights\.safetensors in .* has changed"),
-        started(folder, public_key=server.key, state=tmp_path / "state", log=tmp_path / "log"),
+        started(folder, public_key=server.key, state=f"lmdb:{tmp_path}/state", log=tmp_path / "log"),
     ):
         pass

@@ -28,6 +28,6 @@ def test_payments_of_nobody_have_no_history_online_as_offline():
     encoding = Encoding.fit(payments, ["amount"])
     data = Dataset(encoding.encode(payments), encoding.columns, payments["payer_id"], payments["event_time"])
     score = lambda inputs: inputs.rows[:, 0] + 100 * inputs.mask.sum(1)  # noqa: E731
-    scorer = Scorer(SimpleNamespace(features=FeatureSet().to_dict(), columns=encoding.to_dict(), history=3, score=score), ":memory:")
-    assert backfill(scorer.store, payments, labels, data.rows, until=int((start + timedelta(hours=2)).timestamp() * 1e6)) == 2
+    scorer = Scorer(SimpleNamespace(features=FeatureSet().to_dict(), columns=encoding.to_dict(), history=3, score=score), "sqlite::memory:")
+    assert backfill(scorer.state, payments, labels, data.rows, until=int((start + timedelta(hours=2)).timestamp() * 1e6)) == 2
     assert scorer.score(payments.tail(2).to_dicts()) == score(data.inputs(np.arange(2, 4), 3)).tolist() == [3.0, 4.0]

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fraudlab.data.contract import Field
-from fraudlab.features.definitions import Calendar, FeatureSet, Window
+from fraudlab.features.definitions import FeatureSet, Row, Window
 from fraudlab.features.encoding import Column
 from fraudlab.governance.signing import Keys, create_key
 from fraudlab.serving.bundle import write
 
 FEATURES = FeatureSet(
-    (Calendar("night", "night"), Window("payer_count_7d", "payer", "count", 7.0), Window("payer_mean_7d", "payer", "mean_amount", 7.0))
+    (Row("night", "night"), Window("payer_count_7d", "payer", "count", "7d"), Window("payer_mean_7d", "payer", "mean", "7d"))
 )
 FIELDS = (
     Field("channel", "categorical", about="where it was made"),

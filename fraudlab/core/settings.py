@@ -39,7 +39,7 @@ class Settings:
     seed: int = 0              # for flows that are given none
     device: str = "auto"       # auto, cpu or gpu
     bundle: str = ""           # bundle that the service loads
-    state: str = ""            # file of the service's online state
+    state: str = field(default="", repr=False)    # where the service's online state is, such as redis://:password@host:6379/0
     public_key: str = ""       # key that a bundle must be signed with; default `keys/public.pem`
     api_key: str = field(default="", repr=False)  # key that callers must show; from the environment only
     run: str = ""              # folder of the run in progress, set by the runner

@@ -33,6 +33,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ..data.contract import EARLIEST, LATEST
+from ..features.stores import StoreError
 from .bundle import _CORE, _ID, _TIME, Bundle, example, payment_type
 from .scorer import Conflict
 
@@ -164,7 +165,7 @@ def _malformed(text: str) -> Problem:
 
 # %% ../../nbs/70_serving/30_http.ipynb #f7a7e5f9
 def application(
-    load: Callable[[], object],  # gives a scorer: `.bundle`, `.score(payments)`; called once, in a thread
+    load: Callable[[], object],  # gives a scorer: `.bundle`, `.score(payments)`, `.close()`; called once, in a thread
     *,
     limits: Limits = Limits(),
     secured: bool = False,       # whether callers need a key; for the documentation
@@ -175,6 +176,7 @@ def application(
         starting = asyncio.create_task(_start(app, load, limits, secured))
         yield
         starting.cancel()
+        if app.state.scorer is not None: app.state.scorer.close()
     routes = [Route("/v1/score", _score, methods=["POST"]), Route("/v1/labels", _labels, methods=["POST"]),
               Route("/v1/model", _model), Route("/docs.json", _document), Route("/", _page)]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={Problem: lambda request, problem: refuse(problem)})
@@ -239,6 +241,9 @@ async def _labels(request: Request) -> Response:
 
 # %% ../../nbs/70_serving/30_http.ipynb #aca050af
 def _failed(error: Exception) -> Problem:
+    if isinstance(error, StoreError):
+        log.error("No state: %s", error)
+        return Problem(503, "no_state", "The service cannot reach what it remembers; its log says why. Send it again.", retry_after="1")
     place = error.__traceback__
     while place.tb_next: place = place.tb_next
     log.error("Scoring failed: %s in %s, line %d.", type(error).__name__, place.tb_frame.f_code.co_qualname, place.tb_lineno)
@@ -281,7 +286,8 @@ _STATUS = {
     400: "Not JSON, or not all of it (`malformed_json`, `incomplete`)", 401: "No API key, or a wrong one (`unauthorized`)",
     403: "The service has no key and was not called locally (`no_key`)", 408: "The body came too slowly (`too_slow`)",
     409: "It contradicts what is remembered of that payment (`conflict`)", 413: "The body is too large (`too_large`)",
-    415: "Not application/json (`unsupported_media_type`)", 500: "The service failed (`internal`)", 503: "Not ready yet (`not_ready`)",
+    415: "Not application/json (`unsupported_media_type`)", 500: "The service failed (`internal`)",
+    503: "Not ready yet (`not_ready`), or its store cannot be reached (`no_state`)",
     422: "A rule is broken, at `error.field`: `missing_field`, `unknown_field`, `repeated_field`, `wrong_type`, `invalid_value`, "
          "`list_length`, `repeated_payment`",
 }
