@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .definitions import EXPONENTS, MONEY, NEVER, Encoded, FeatureSet, Risk, Row, check_table, column, over_nothing, unfitted
 from .kernels import NULL, WIDTH, Plan, compiled, offline_source, plans
 
-# %% ../../nbs/20_features/10_offline.ipynb #0e59d56f
+# %% ../../nbs/20_features/10_offline.ipynb #0f68b9ab
 NOBODY = 2**32 - 1   # code of a key that is null
 
 class Codes:
@@ -42,7 +42,8 @@ def dense(frame: pl.DataFrame, names: list[str]) -> tuple[np.ndarray, int]:
     "As `Codes`, for one table: integers from 0 to not much more than there are rows are codes already."
     key = frame[names[0]]
     if len(names) > 1 or not key.dtype.is_integer() or (key.min() or 0) < 0 or (key.max() or 0) > 2 * len(key) + 1_000: return Codes(names)(frame)
-    return key.cast(pl.UInt32).fill_null(NOBODY).to_numpy(), (key.max() or 0) + 1
+    codes = key.cast(pl.UInt32)
+    return (codes.fill_null(NOBODY) if key.null_count() else codes).to_numpy(), (key.max() or 0) + 1
 
 # %% ../../nbs/20_features/10_offline.ipynb #5b5b538d
 @njit(nogil=True)
@@ -162,7 +163,7 @@ def _copy(E, W, starts, new_E, new_W, new_starts):
         new_E[new_starts[e]:new_starts[e] + n] = E[starts[e]:starts[e + 1]]
         new_W[new_starts[e]:new_starts[e] + n] = W[starts[e]:starts[e + 1]]
 
-# %% ../../nbs/20_features/10_offline.ipynb #a8a813d5
+# %% ../../nbs/20_features/10_offline.ipynb #e197dfa1
 class _Held:
     "What is carried of one entity: events still in a window, and the state of each group's loop."
     def __init__(self, E, W, starts, states): self.E, self.W, self.starts, self.states = E, W, starts, states
@@ -195,6 +196,7 @@ class Offline:
                     part.deal(records, out[at:at + len(group.features)])
                     at += len(group.features)
                     bar.update(len(group.features))
+                    del records, part   # before the next entity's are made
         if len(times): self.last = times[-1]
         looped = dict(zip(names, out, strict=True))
         columns = [pl.Series(f.name, looped[f.name]) if f.name in looped else _alone(f).cast(pl.Float32).alias(f.name) for f in self.features.features]

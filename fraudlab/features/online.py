@@ -226,7 +226,7 @@ def reported{k}(E, S, o, t, id, known):
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #ff506877
+# %% ../../nbs/20_features/30_online.ipynb #17e5107e
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
@@ -267,7 +267,7 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
                            f"blank{k}, shares{k} = integers(A, {at + 15})[0], integers(A, {at + 18})[0]"]
         lines["ahead"] += [f"if m + 24 < stop: fetch(A[{at + 6}] + 16 * bucket(H{k}, rows[m + 24, {place}]))",
                            f"if m + 16 < stop: fetch_row(A[{at}], peek(H{k}, rows[m + 16, {place}]), {8 * len(loop.blank)})",
-                           f"if m + 8 < stop: fetch_events(S{k}, peek(H{k}, rows[m + 8, {place}]), A[{at + 3}], {len(loop.columns)}, {len(distincts(plan))}, {loop.tails})"]
+                           f"if m + 8 < stop: fetch_events(S{k}, peek(H{k}, rows[m + 8, {place}]), A[{at + 3}], {len(loop.columns)}, {len(distincts(plan))}, {loop.tails or (FIRST,)})"]
         lines["ready"].append(f"o{k} = ready{k}({arrays}, H{k}, C{k}, free{k}, blank{k}, {key}, A[{at + 21}], shares{k})")
         lines["seen"].append(f"status[m, 0] = max(status[m, 0], see{k}({arrays}, o{k}, row, A[{at + 22}], shares{k}, out[m]))")
         lines["chosen"] += [f"o{k} = 0 if {key} == NULL else 1", f"if o{k} == 0: S{k}[0] = blank{k}", f"elif S{k}[1, TAG] != blank{k}[TAG]: return -1",
@@ -586,7 +586,7 @@ def _unpacked(self: Online, packed: list[bytes | None]):
     return self._scratch
 Online._unpacked = _unpacked
 
-# %% ../../nbs/20_features/30_online.ipynb #b1bb5f84
+# %% ../../nbs/20_features/30_online.ipynb #574ce17e
 class _Scratch(Memory):
     "Room for the states of one payment's entities, each laid out as it is packed: a row of S, then its events."
 
@@ -622,4 +622,5 @@ class _Scratch(Memory):
         header, (size, wide) = self.headers[k], self.sizes[k]
         if (n := header[END]) == 0: return None
         if (gone := 8 * header[BASE]) == 0: return bytes(self.states[k][:size + n * wide])
+        header[BASE] = 0
         return bytes(self.states[k][:size]) + bytes(self.states[k][size + gone:size + gone + n * wide])
