@@ -118,11 +118,21 @@ def groups(plan: Plan) -> list[Plan]:
             room.extend(part)
     return [plan._replace(features=tuple(f for _, f in b), places=tuple(k for k, _ in b)) for b in bins]
 
-# %% ../../nbs/20_features/10_offline.ipynb #a02d0b34
-class _Part(object):
+# %% ../../nbs/20_features/10_offline.ipynb #60584b60
+class _Buffers:
+    "Memory that one entity after the other uses: fresh memory costs more than what is written to it."
+    def __init__(self): self.held = {}
+
+    def __call__(self, name: str, rows: int, columns: int, dtype: type) -> np.ndarray:
+        if name not in self.held or len(self.held[name]) < rows * columns:
+            self.held.pop(name, None)
+            self.held[name] = np.empty(rows * columns, dtype)
+        return self.held[name][:rows * columns].reshape(rows, columns)
+
+class _Part:
     "One entity's payments in a part of a table, side by side: `E` integers, `W` categories, entity `e` from `starts[e]`, new ones from `begin[e]`."
 
-    def __init__(self, plan: Plan, code: np.ndarray, size: int, integers: list, categories: list, log, pool):
+    def __init__(self, code: np.ndarray, size: int, integers: list, categories: list, log, buffers: _Buffers, pool):
         cuts = np.linspace(0, len(code), pool._max_workers + 1).astype(int)
         self.pool, self.code, self.stretches = pool, code, list(zip(cuts[:-1], cuts[1:], strict=True))
         counts = np.zeros((len(self.stretches), size), np.uint32)
@@ -132,7 +142,9 @@ class _Part(object):
         self.starts = np.concatenate([[0], np.cumsum(held + counts.sum(0, dtype=np.int64))])
         self.begin = self.starts[:-1] + held
         self.cursors = (self.begin + np.cumsum(counts, 0, dtype=np.int64) - counts).astype(np.uint32)
-        self.E, self.W = np.empty((self.starts[-1], len(integers)), np.int64), np.empty((self.starts[-1], len(categories)), np.uint32)
+        n = int(self.starts[-1])
+        self.E, self.W = buffers("E", n, len(integers), np.int64), buffers("W", n, len(categories), np.uint32)
+        self.records = buffers("records", n, WIDTH, np.float32)
         if log: _copy(log.E, log.W, log.starts, self.E, self.W, self.starts)
         list(pool.map(lambda s, cursor: self._fill(s, cursor.copy(), integers, categories), self.stretches, self.cursors))
 
@@ -151,7 +163,9 @@ class _Part(object):
         cuts[0], cuts[-1] = 0, len(self.starts) - 1
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
-    def deal(self, records: np.ndarray, out: np.ndarray):
+    def deal(self, out: np.ndarray):
+        "The records to `out` [K, M], in the order of the table."
+        records = self.records.reshape(-1)
         list(self.pool.map(lambda s, cursor: _deal_out(self.code[s[0]:s[1]], cursor.copy(), records, out[:, s[0]:s[1]]), self.stretches, self.cursors))
 
 # %% ../../nbs/20_features/10_offline.ipynb #f61f82c9
@@ -163,7 +177,7 @@ def _copy(E, W, starts, new_E, new_W, new_starts):
         new_E[new_starts[e]:new_starts[e] + n] = E[starts[e]:starts[e + 1]]
         new_W[new_starts[e]:new_starts[e] + n] = W[starts[e]:starts[e + 1]]
 
-# %% ../../nbs/20_features/10_offline.ipynb #e197dfa1
+# %% ../../nbs/20_features/10_offline.ipynb #4053463e
 class _Held:
     "What is carried of one entity: events still in a window, and the state of each group's loop."
     def __init__(self, E, W, starts, states): self.E, self.W, self.starts, self.states = E, W, starts, states
@@ -189,14 +203,13 @@ class Offline:
         if self.last is not None and len(times) and times[0] < self.last: raise ValueError("This part of the table begins before the last one ended: give the parts in time order.")
         known = fraud_known(payments, self.labels) if any(isinstance(f, Risk) for f in self.features.features) else None
         names = [self.features.names[k] for looped in self.plans.values() for group, *_ in looped for k in group.places]
-        out, coded, at = np.empty((len(names), len(payments)), np.float32), {}, 0
+        out, coded, buffers, at = np.empty((len(names), len(payments)), np.float32), {}, _Buffers(), 0
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, tqdm(total=len(names), disable=not self.progress, unit=" features", desc="features") as bar:
             for plan in self.plans if len(payments) else ():
-                for records, part, group in self._records(plan, payments, known, coded, pool):
-                    part.deal(records, out[at:at + len(group.features)])
+                for part, group in self._records(plan, payments, known, coded, buffers, pool):
+                    part.deal(out[at:at + len(group.features)])
                     at += len(group.features)
                     bar.update(len(group.features))
-                    del records, part   # before the next entity's are made
         if len(times): self.last = times[-1]
         looped = dict(zip(names, out, strict=True))
         columns = [pl.Series(f.name, looped[f.name]) if f.name in looped else _alone(f).cast(pl.Float32).alias(f.name) for f in self.features.features]
@@ -225,30 +238,29 @@ def _share_codes(self: Offline, plan: Plan, payments: pl.DataFrame, coded: dict)
     return np.array([code(*share) for share in plan.shares], np.int64)
 Offline._share_codes = _share_codes
 
-# %% ../../nbs/20_features/10_offline.ipynb #7d5c565a
-def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarray | None, coded: dict, pool) -> Iterator[tuple]:
-    "For each group of features of one entity: its records, the part they belong to, the group."
+# %% ../../nbs/20_features/10_offline.ipynb #1b588214
+def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarray | None, coded: dict, buffers: _Buffers, pool) -> Iterator[tuple]:
+    "For each group of features of one entity: the part, whose records hold them, and the group."
     code, size = self._code(tuple(plan.entity.split("+")), payments, coded)
     nobody = np.flatnonzero(code == NOBODY)
     if len(nobody): code = code.copy(); code[nobody] = size + np.arange(len(nobody), dtype=np.uint32)   # each alone
     categories = [self._code((c,), payments, coded) for c in plan.categories]
     held = self.held.get(plan.entity)
-    part = _Part(plan, code, size + len(nobody), _columns(plan, payments, known), [c for c, _ in categories], held, pool)
+    part = _Part(code, size + len(nobody), _columns(plan, payments, known), [c for c, _ in categories], held, buffers, pool)
     F = part.E.view(np.float64)
     reports = _reports(part.E[:, -1], part.starts) if plan.risk else (np.empty(0, np.int64),) * 3
     shares, until, states = self._share_codes(plan, payments, coded), int(payments["event_time"].to_physical()[-1]), []
-    records = np.empty((len(part.E), WIDTH), np.float32)
     for k, (group, loop, run) in enumerate(self.plans[plan]):
         S = _states(held.states[k] if held else None, size + len(nobody) if self.carry else 0, len(loop.state) + 1)
         most = max((n for (_, n), c in zip(categories, plan.categories, strict=True) if c in loop.tables), default=0) + 1
         def work(share, run=run, S=S, loop=loop, most=most):
             last = np.full((len(loop.tables), most), -1, np.int64)
-            run(part.E, F, part.W, shares, part.starts, part.begin, *share, *reports, last, S, S.view(np.float64), until, records)
+            run(part.E, F, part.W, shares, part.starts, part.begin, *share, *reports, last, S, S.view(np.float64), until, part.records)
         list(pool.map(work, part.shares()))
         for place, f in enumerate(group.features):
-            if getattr(f, "closed", "") == "right": records[part.starts[size]:, place] = over_nothing(f)   # nobody's windows hold not even themselves
+            if getattr(f, "closed", "") == "right": part.records[part.starts[size]:, place] = over_nothing(f)   # nobody's windows hold not even themselves
         states.append(S)
-        yield records.reshape(-1), part, group
+        yield part, group
     if self.carry: self.held[plan.entity] = _kept(part, size, states, [loop for _, loop, _ in self.plans[plan]])
 Offline._records = _records
 

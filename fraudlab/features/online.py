@@ -226,12 +226,15 @@ def reported{k}(E, S, o, t, id, known):
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #17e5107e
+# %% ../../nbs/20_features/30_online.ipynb #66313349
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
     rows, status, out = integers(A, 0), integers(A, 6), carray(pointer(A[3]), (A[4], A[5]), np.float32)
     {views}
+    if stop == start + 1 and not packed:
+        row = rows[start]
+        {asked}
     for m in range(start, stop):
         row = rows[m]
         if packed:
@@ -258,7 +261,8 @@ VIEW = 24   # numbers of an entity in the table of addresses, after the first 9
 
 def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     "Source of `replay` (of one payment, `packed`: with its entities' states in row 1) and `reports`, for all entities of a set."
-    lines = {name: [] for name in ("views", "ahead", "ready", "seen", "chosen", "trimmed", "noted")}
+    asked = [], [], []
+    lines = {name: [] for name in ("views", "asked", "ahead", "ready", "seen", "chosen", "trimmed", "noted")}
     for k, (plan, loop) in enumerate(zip(plans, loops, strict=True)):
         at, arrays, place = 9 + VIEW * k, f"E{k}, F{k}, G{k}, S{k}, SF{k}", columns.index(keys[plan.entity])
         key = f"row[{place}]"
@@ -268,6 +272,9 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
         lines["ahead"] += [f"if m + 24 < stop: fetch(A[{at + 6}] + 16 * bucket(H{k}, rows[m + 24, {place}]))",
                            f"if m + 16 < stop: fetch_row(A[{at}], peek(H{k}, rows[m + 16, {place}]), {8 * len(loop.blank)})",
                            f"if m + 8 < stop: fetch_events(S{k}, peek(H{k}, rows[m + 8, {place}]), A[{at + 3}], {len(loop.columns)}, {len(distincts(plan))}, {loop.tails or (FIRST,)})"]
+        asked[0].append(f"fetch(A[{at + 6}] + 16 * bucket(H{k}, {key}))")
+        asked[1].append(f"fetch_row(A[{at}], peek(H{k}, {key}), {8 * len(loop.blank)})")
+        asked[2].append(f"fetch_events(S{k}, peek(H{k}, {key}), A[{at + 3}], {len(loop.columns)}, {len(distincts(plan))}, {loop.tails or (FIRST,)})")
         lines["ready"].append(f"o{k} = ready{k}({arrays}, H{k}, C{k}, free{k}, blank{k}, {key}, A[{at + 21}], shares{k})")
         lines["seen"].append(f"status[m, 0] = max(status[m, 0], see{k}({arrays}, o{k}, row, A[{at + 22}], shares{k}, out[m]))")
         lines["chosen"] += [f"o{k} = 0 if {key} == NULL else 1", f"if o{k} == 0: S{k}[0] = blank{k}", f"elif S{k}[1, TAG] != blank{k}[TAG]: return -1",
@@ -278,7 +285,8 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
         if plan.risk:
             lines["noted"] += [f"if packed: S{k}[1, BASE] = 0; S{k}[1, MASK] = A[{at + 23}] - 1", f"o{k} = 1 if packed else peek(H{k}, {key})",
                                f"if {key} != NULL and o{k} > 0 and reported{k}(E{k}, S{k}, o{k}, row[0], row[1], known): found = True"]
-    deep = {"views": 4, "noted": 4, "ahead": 12, "ready": 12, "chosen": 12, "trimmed": 12, "seen": 8}
+    lines["asked"] = [ask for step in asked for ask in step]     # of all entities at once, step by step
+    deep = {"asked": 8, "views": 4, "noted": 4, "ahead": 12, "ready": 12, "chosen": 12, "trimmed": 12, "seen": 8}
     filled = {name: f"\n{' ' * deep[name]}".join(found or ["pass"]) for name, found in lines.items()}
     return _ALL.format(size=9 + VIEW * len(plans), full=" or ".join(f"o{k} < 0" for k in range(len(plans))), **filled)
 
@@ -337,7 +345,7 @@ def _alone(f: Row | Encoded):
             "month_day": lambda c: c.day, "month_end": lambda c: (c.date() + timedelta(days=1)).day == 1}[f.take]
     return lambda p, t: read((_EPOCH + timedelta(microseconds=t)).astimezone(zone))
 
-# %% ../../nbs/20_features/30_online.ipynb #dac5401f
+# %% ../../nbs/20_features/30_online.ipynb #bcb76eec
 class Online:
     "The features of one payment after the other."
 
@@ -355,6 +363,7 @@ class Online:
         self.columns = ["time", "id", *self.numbers, *map(degrees, self.degrees), "known", *self.categories, *keys.values()]
         source, self.loops = _source(features, self.columns, keys)
         self.compiled = compiled(source, ("replay", "reports", *(f"rebase{k}" for k in range(len(self.plans)))), _IMPORTS) if self.plans else None
+        self.replay = self.compiled and self.compiled.replay
         tag = np.array(int(features.hash[:16], 16), np.uint64).view(np.int64)
         for loop in self.loops: loop.blank[TAG] = tag
         self.keep = [loop.horizon + self.lateness for loop in self.loops]
@@ -367,7 +376,6 @@ class Online:
 
     def pack(self, payment: dict, buffer) -> int:
         "Put `payment` into `buffer` as a row of numbers; returns its time in microseconds. Raises `ValueError` for what it lacks."
-        if self.one_currency and payment.get("currency") != self.currency: self._check_currency(payment)
         try: return self._put(payment, buffer)
         except KeyError as e: raise ValueError(f"The payment has no {e}, which the features read. {closest(e.args[0], payment)}") from None
 
@@ -377,28 +385,30 @@ class Online:
         elif given is not None and given != self.currency:
             raise ValueError(f"The payment is in {given}, and the amounts before it in {self.currency}: the features add them. Use an entity with the currency, such as 'payer+currency'.")
 
-# %% ../../nbs/20_features/30_online.ipynb #4538d511
+# %% ../../nbs/20_features/30_online.ipynb #4e3b91aa
 def _packer(engine: Online):
     "A function that puts a payment (dict) into a buffer and returns its time."
     of, columns = {}, list(dict.fromkeys([*engine.names, *(n for parts in engine.parts for n in parts)]))
-    lines = ["t = p['event_time']", "if t.__class__ is not int: t = microseconds(t)"]
+    lines = ["if p.get('currency') != engine.currency: engine._check_currency(p)"] if engine.one_currency else []
+    lines += ["t = p['event_time']", "if t.__class__ is not int: t = microseconds(t)", "i = p['payment_id']",
+              "i = xxh3_64_intdigest(i.encode()) if i.__class__ is str else i if i.__class__ is int and i >= 0 else code(i)"]
     for n, name in enumerate(columns):
         of[name] = f"c{n}"
-        lines += [f"c{n} = p[{name!r}]", f"c{n} = xxh3_64_intdigest(c{n}.encode()) if c{n}.__class__ is str else code(c{n})"]
+        lines += [f"c{n} = p[{name!r}]", f"c{n} = xxh3_64_intdigest(c{n}.encode()) if c{n}.__class__ is str else c{n} if c{n}.__class__ is int and c{n} >= 0 else code(c{n})"]
         if name in CORE.values(): lines.append(f"if c{n} == {NULL_CODE}: raise ValueError({_NOBODY.format(name)!r})")
     keys = [of[parts[0]] if len(parts) == 1 else f"joined(({', '.join(of[n] for n in parts)}))" for parts in engine.parts]
     numbers = [f"round(p['amount'] * {MONEY})" if n == "amount" else f"whole(p[{n!r}])" for n in engine.numbers]
     places = [f"nan if p[{n!r}] is None else p[{n!r}]" for n in engine.degrees]
-    values = ["t", "code(p['payment_id'])", *numbers, *places, str(NEVER), *(of[n] for n in engine.names), *keys]
+    values = ["t", "i", *numbers, *places, str(NEVER), *(of[n] for n in engine.names), *keys]
     kinds = "<qQ" + "q" * len(numbers) + "d" * len(places) + "q" + "Q" * (len(engine.names) + len(keys))
-    scope = {"microseconds": microseconds, "code": code, "joined": joined, "whole": whole, "xxh3_64_intdigest": xxh3_64_intdigest, "nan": float("nan"),
+    scope = {"engine": engine, "microseconds": microseconds, "code": code, "joined": joined, "whole": whole, "xxh3_64_intdigest": xxh3_64_intdigest, "nan": float("nan"),
              "put": struct.Struct(kinds).pack_into}
     exec("\n    ".join(["def pack(p, buffer):", *lines, f"put(buffer, 0, {', '.join(values)})", "return t"]), scope)
     return scope["pack"]
 
 _NOBODY = "{} is null, and the features are about payers and payees: give it, or use a set without them."
 
-# %% ../../nbs/20_features/30_online.ipynb #639d8a90
+# %% ../../nbs/20_features/30_online.ipynb #3339bb22
 _IMPORTS = """from fraudlab.features.kernels import BASE, END, FIRST, LAST, MASK, REPORTED, TAG
 from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, flat, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, same, slot, split
 from numba import carray
@@ -434,6 +444,7 @@ class Memory:
             arrays = self.S[k], self.E[k], self.H[k], self.C[k], self.free[k], e.loops[k].blank[None], e.shares[k]
             table += [n for a in arrays for n in shape(a)] + [e.keep[k], e.lateness, 0]
         self.table = np.array(table, np.int64)
+        self.first = self.out[0] if len(self.out) else None
         self.address, self.buffer, self.first_status = self.table.ctypes.data, memoryview(self.rows).cast("B"), memoryview(self.status).cast("B").cast("q")
 
     def _grow(self):
@@ -459,15 +470,14 @@ def _rehash(old, new):
             while new[at, 1] != 0: at = (at + 1) & (len(new) - 1)
             new[at] = old[i]
 
-# %% ../../nbs/20_features/30_online.ipynb #364c67e5
+# %% ../../nbs/20_features/30_online.ipynb #579d0990
 def update(self: Memory, payment: dict) -> tuple[np.ndarray, str]:
     "Features [K] float32 of `payment` (a dict of the contract's and the declared fields), which is then remembered; what happened to it."
     e = self.engine
     t = e.pack(payment, self.buffer)
-    if e.compiled:
-        while not e.compiled.replay(self.address, 0, 1, False): self._grow()
-    for k, value in e.alone: self.out[0, k] = value(payment, t)
-    return self.out[0].copy(), STATUS[self.first_status[0]]
+    while e.replay and not e.replay(self.address, 0, 1, False): self._grow()
+    for k, value in e.alone: self.first[k] = value(payment, t)
+    return self.first.copy(), STATUS[self.first_status[0]]
 Memory.update = update
 
 def report(self: Memory, payment: dict, known_at: datetime | None) -> bool:
