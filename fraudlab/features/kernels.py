@@ -374,16 +374,18 @@ def _carried(loop: Loop) -> tuple[list[str], list[str]]:
     store = [f"{at} = {v}{moved[v].replace('+', '-')}" for v, at in where.items()]
     return load, [*store, f"S[e, {len(where)}] = until"]
 
-# %% ../../nbs/20_features/05_kernels.ipynb #9860d770
+# %% ../../nbs/20_features/05_kernels.ipynb #dc700efd
 BASE, MASK, FIRST, END, LAST, REPORTED, TAG, STATE = range(8)   # columns of S
 
 class OnlineLoop(NamedTuple):
     "The online loop of one entity."
-    source: str                 # evaluate<k>, drop<k>, report<k>, rebase<k>
+    source: str                 # evaluate<k>, drop<k>, report<k>
     columns: tuple[str, ...]    # of an event
     tails: tuple[int, ...]      # columns of S with the ends of windows
+    places: tuple[int, ...]     # columns of S with any place
     blank: np.ndarray           # the row of S of an entity that has no payments
     horizon: int                # microseconds that events are needed for
+    lasting: bool               # whether anything is kept for good
 
 def online_source(plan: Plan, k: int) -> OnlineLoop:
     "`evaluate` brings the state to a payment and reads it, `drop` lets go of old events, `report` counts a fraud."
@@ -395,11 +397,12 @@ def online_source(plan: Plan, k: int) -> OnlineLoop:
     lasting = [v for v in loop.state if any(re.search(rf"\b{v}\b", s) for c in loop.forever.values() for ss in c.values() for s in ss) and v not in loop.fronts]
     old = {v: f"{where[v].split('[')[0]}[o, {STATE + len(where) + n}]" for n, v in enumerate(lasting)}
     horizon = max([length + loop.fronts[f][0] for f, length in loop.spans.values() if length is not None] + [d for d, _ in loop.fronts.values()])
+    places = tuple(STATE + n for n, start in enumerate(loop.state.values()) if start == "first")
     tails = tuple(STATE + n for n, v in enumerate(loop.state) if v in loop.spans and loop.spans[v][1] is not None)
-    parts = [_evaluate(plan, loop, where, old, k), _drop(loop, old, k), _report(loop, where, k), _rebase(loop, where, k)]
-    return OnlineLoop("\n\n".join(parts), columns, tails, _blank(loop, lasting), horizon)
+    parts = [_evaluate(plan, loop, where, old, k), _drop(loop, old, k), _report(loop, where, k)]
+    return OnlineLoop("\n\n".join(parts), columns, tails, places, _blank(loop, lasting), horizon, bool(lasting))
 
-# %% ../../nbs/20_features/05_kernels.ipynb #db32f41f
+# %% ../../nbs/20_features/05_kernels.ipynb #9bac1b9b
 _PLACE = ["base, mask, first, end = S[o, 0], S[o, 1], S[o, 2], S[o, 3]"]
 
 def _evaluate(plan: Plan, loop: Loop, where: dict, old: dict, k: int) -> str:
@@ -419,11 +422,6 @@ def _report(loop: Loop, where: dict, k: int) -> str:
     "Count (`sign` 1) or uncount (-1) the fraud at place `j`, wherever it is in a window now."
     windows = [re.sub(r"\b(head|tail|frauds)\d+\b", lambda m: where[m[0]], s) for lines in loop.labels.values() for s in lines]
     return "\n    ".join([f"def report{k}(S, o, j, sign):", *windows, "return"])
-
-def _rebase(loop: Loop, where: dict, k: int) -> str:
-    "Count places from the first event that is kept."
-    return "\n    ".join([f"def rebase{k}(S, o):", "first = S[o, 2]", *(f"{at} -= first" for v, at in where.items() if loop.state[v] == "first"),
-                          "S[o, 2] = 0; S[o, 3] -= first"])
 
 def _blank(loop: Loop, lasting: list[str]) -> np.ndarray:
     values = {"first": 0, "0": 0, "NULL": NULL, "NEVER": NEVER, "0.0": 0, "nan": int(np.float64("nan").view(np.int64))}

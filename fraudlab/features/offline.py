@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .definitions import EXPONENTS, MONEY, NEVER, Encoded, FeatureSet, Risk, Row, check_table, column, over_nothing, unfitted
 from .kernels import NULL, WIDTH, Plan, compiled, offline_source, plans
 
-# %% ../../nbs/20_features/10_offline.ipynb #0f68b9ab
+# %% ../../nbs/20_features/10_offline.ipynb #19bfc345
 NOBODY = 2**32 - 1   # code of a key that is null
 
 class Codes:
@@ -28,7 +28,7 @@ class Codes:
     def __init__(self, names: list[str]): self.names, self.seen = names, None
 
     def __call__(self, frame: pl.DataFrame) -> tuple[np.ndarray, int]:
-        "[M] uint32 code of each row, and one more than the largest."
+        "[M] code of each row, and one more than the largest."
         keys = frame.select(self.names)
         new = keys.drop_nulls().unique(maintain_order=True)
         if self.seen is not None: new = new.join(self.seen, on=self.names, how="anti", maintain_order="left")
@@ -42,8 +42,8 @@ def dense(frame: pl.DataFrame, names: list[str]) -> tuple[np.ndarray, int]:
     "As `Codes`, for one table: integers from 0 to not much more than there are rows are codes already."
     key = frame[names[0]]
     if len(names) > 1 or not key.dtype.is_integer() or (key.min() or 0) < 0 or (key.max() or 0) > 2 * len(key) + 1_000: return Codes(names)(frame)
-    codes = key.cast(pl.UInt32)
-    return (codes.fill_null(NOBODY) if key.null_count() else codes).to_numpy(), (key.max() or 0) + 1
+    codes = key.cast(pl.UInt32).fill_null(NOBODY) if key.null_count() else key
+    return codes.to_numpy(), (key.max() or 0) + 1
 
 # %% ../../nbs/20_features/10_offline.ipynb #5b5b538d
 @njit(nogil=True)
@@ -118,7 +118,7 @@ def groups(plan: Plan) -> list[Plan]:
             room.extend(part)
     return [plan._replace(features=tuple(f for _, f in b), places=tuple(k for k, _ in b)) for b in bins]
 
-# %% ../../nbs/20_features/10_offline.ipynb #60584b60
+# %% ../../nbs/20_features/10_offline.ipynb #bdc023a3
 class _Buffers:
     "Memory that one entity after the other uses: fresh memory costs more than what is written to it."
     def __init__(self): self.held = {}
@@ -154,7 +154,7 @@ class _Part:
             whole = np.empty((len(integers), rows.stop - a), np.int64)
             for k, (values, convert) in enumerate(integers): whole[k] = convert(values[rows])
             names = np.empty((len(categories), rows.stop - a), np.uint32)
-            for k, codes in enumerate(categories): np.add(codes[rows], 1, out=names[k])   # nobody's code wraps round to 0, the null
+            for k, codes in enumerate(categories): names[k] = codes[rows] + np.uint32(1)   # nobody's code wraps round to 0, the null
             _deal_in(self.code[rows], cursor, whole, names, self.E, self.W)
 
     def shares(self) -> list[tuple[int, int]]:
@@ -238,12 +238,14 @@ def _share_codes(self: Offline, plan: Plan, payments: pl.DataFrame, coded: dict)
     return np.array([code(*share) for share in plan.shares], np.int64)
 Offline._share_codes = _share_codes
 
-# %% ../../nbs/20_features/10_offline.ipynb #1b588214
+# %% ../../nbs/20_features/10_offline.ipynb #5e595a8d
 def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarray | None, coded: dict, buffers: _Buffers, pool) -> Iterator[tuple]:
     "For each group of features of one entity: the part, whose records hold them, and the group."
     code, size = self._code(tuple(plan.entity.split("+")), payments, coded)
     nobody = np.flatnonzero(code == NOBODY)
-    if len(nobody): code = code.copy(); code[nobody] = size + np.arange(len(nobody), dtype=np.uint32)   # each alone
+    if len(nobody):
+        code = code.copy()
+        code[nobody] = size + np.arange(len(nobody))   # each alone
     categories = [self._code((c,), payments, coded) for c in plan.categories]
     held = self.held.get(plan.entity)
     part = _Part(code, size + len(nobody), _columns(plan, payments, known), [c for c, _ in categories], held, buffers, pool)

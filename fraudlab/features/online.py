@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'NEW', 'LATE', 'TOO_LATE', 'DUPLICATE', 'GOLDEN', 'VIEW', 'NULL_CODE', 'find', 'same', 'place', 'bucket',
-           'peek', 'slot', 'double', 'expired', 'split', 'fetch', 'fetch_row', 'fetch_events', 'pointer', 'integers',
-           'floats', 'flat', 'code', 'joined', 'microseconds', 'whole', 'Online', 'Memory', 'update', 'report',
-           'rows_of', 'replay', 'packed', 'keys']
+           'peek', 'slot', 'double', 'rebase', 'expired', 'split', 'fetch', 'fetch_row', 'fetch_events', 'pointer',
+           'integers', 'floats', 'flat', 'code', 'joined', 'microseconds', 'whole', 'Online', 'Memory', 'update',
+           'report', 'rows_of', 'replay', 'keys', 'idle', 'states']
 
-# %% ../../nbs/20_features/30_online.ipynb #20e67598
+# %% ../../nbs/20_features/30_online.ipynb #986341f8
+import hashlib
 import struct
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -76,7 +78,7 @@ def _squeeze(E, G, S, o, t, wide, columns):
     S[o, END] += 1
     return at
 
-# %% ../../nbs/20_features/30_online.ipynb #7aae67fa
+# %% ../../nbs/20_features/30_online.ipynb #02e0cf38
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)   # 2^64 / golden ratio: spreads keys that are near to one another
 
 @njit(inline="always")
@@ -121,6 +123,14 @@ def double(E, G, C, free, S, o, wide, columns):
         free[kind - 1] = S[o, BASE]
     S[o, BASE], S[o, MASK] = base, size - 1
     return True
+
+@njit
+def rebase(S, o, places):
+    "Count places from the first event that is kept."
+    first = S[o, FIRST]
+    for place in places: S[o, place] -= first
+    S[o, FIRST] = 0
+    S[o, END] -= first
 
 @njit
 def expired(E, S, o, keep, wide):
@@ -226,7 +236,7 @@ def reported{k}(E, S, o, t, id, known):
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #66313349
+# %% ../../nbs/20_features/30_online.ipynb #7477782b
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
@@ -281,7 +291,7 @@ def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
                             f"S{k}[0, BASE] = {len(loop.columns) + len(distincts(plan))} * A[{at + 23}]; S{k}[0, MASK] = 3; S{k}[1, BASE] = 0; S{k}[1, MASK] = A[{at + 23}] - 1"]
         lines["chosen"] += [f"split(E{k}, G{k}, S{k}, o{k}, {len(loop.columns)}, {d}, {loop.columns.index(c)})" for d, c in enumerate(distincts(plan))]
         lines["trimmed"] += [f"upto = expired(E{k}, S{k}, o{k}, A[{at + 21}], {len(loop.columns)})", f"if upto > S{k}[o{k}, FIRST]: drop{k}({arrays}, o{k}, upto, shares{k})",
-                             f"S{k}[o{k}, BASE] += S{k}[o{k}, FIRST] * {len(loop.columns)}; rebase{k}(S{k}, o{k})"]
+                             f"S{k}[o{k}, BASE] += S{k}[o{k}, FIRST] * {len(loop.columns)}; rebase(S{k}, o{k}, {loop.places})"]
         if plan.risk:
             lines["noted"] += [f"if packed: S{k}[1, BASE] = 0; S{k}[1, MASK] = A[{at + 23}] - 1", f"o{k} = 1 if packed else peek(H{k}, {key})",
                                f"if {key} != NULL and o{k} > 0 and reported{k}(E{k}, S{k}, o{k}, row[0], row[1], known): found = True"]
@@ -345,9 +355,9 @@ def _alone(f: Row | Encoded):
             "month_day": lambda c: c.day, "month_end": lambda c: (c.date() + timedelta(days=1)).day == 1}[f.take]
     return lambda p, t: read((_EPOCH + timedelta(microseconds=t)).astimezone(zone))
 
-# %% ../../nbs/20_features/30_online.ipynb #bcb76eec
+# %% ../../nbs/20_features/30_online.ipynb #b971e4d6
 class Online:
-    "The features of one payment after the other."
+    "The features of one payment after the other. For one thread at a time: states are unpacked into memory of its own."
 
     def __init__(self,
         features: FeatureSet,
@@ -362,7 +372,7 @@ class Online:
         keys = {e: f"key {e}" for e in self.entities}
         self.columns = ["time", "id", *self.numbers, *map(degrees, self.degrees), "known", *self.categories, *keys.values()]
         source, self.loops = _source(features, self.columns, keys)
-        self.compiled = compiled(source, ("replay", "reports", *(f"rebase{k}" for k in range(len(self.plans)))), _IMPORTS) if self.plans else None
+        self.compiled = compiled(source, ("replay", "reports"), _IMPORTS) if self.plans else None
         self.replay = self.compiled and self.compiled.replay
         tag = np.array(int(features.hash[:16], 16), np.uint64).view(np.int64)
         for loop in self.loops: loop.blank[TAG] = tag
@@ -372,7 +382,7 @@ class Online:
         self.parts = [[column(n) for n in e.split("+")] for e in self.entities]
         self.names, self.prefixes = [column(c) for c in self.categories], [f"{e}=".encode() for e in self.entities]
         self.one_currency, self.currency = any(adds_amounts(f) and "currency" not in f.entity.split("+") for f in features.features), None
-        self._put, self._scratch = _packer(self), None
+        self._put, self._named, self._scratch = _packer(self), _namer(self), None
 
     def pack(self, payment: dict, buffer) -> int:
         "Put `payment` into `buffer` as a row of numbers; returns its time in microseconds. Raises `ValueError` for what it lacks."
@@ -408,9 +418,24 @@ def _packer(engine: Online):
 
 _NOBODY = "{} is null, and the features are about payers and payees: give it, or use a set without them."
 
-# %% ../../nbs/20_features/30_online.ipynb #3339bb22
-_IMPORTS = """from fraudlab.features.kernels import BASE, END, FIRST, LAST, MASK, REPORTED, TAG
-from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, flat, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, same, slot, split
+# %% ../../nbs/20_features/30_online.ipynb #a387aec7
+def _key(prefix: bytes, values: list) -> bytes | None:
+    "A key of several parts; the separator is doubled where it is part of a value."
+    return None if None in values else prefix + chr(31).join(str(v).replace(chr(31), chr(31) * 2) for v in values).encode()
+
+def _namer(engine: Online):
+    "A function that names the keys of a payment (dict)."
+    one = "None if v is None else {!r} + (v if v.__class__ is str else str(v)).encode()"
+    lines = [f"v = p[{parts[0]!r}]; k{n} = {one.format(prefix)}" if len(parts) == 1 else f"k{n} = key({prefix!r}, [{', '.join(f'p[{part!r}]' for part in parts)}])"
+             for n, (prefix, parts) in enumerate(zip(engine.prefixes, engine.parts, strict=True))]
+    scope = {"key": _key}
+    exec("\n    ".join(["def named(p):", *lines, f"return [{', '.join(f'k{n}' for n in range(len(lines)))}]"]), scope)
+    return scope["named"]
+
+# %% ../../nbs/20_features/30_online.ipynb #d3d8e367
+_IMPORTS = f"""# functions: {hashlib.sha256(Path(__file__).read_bytes()).hexdigest() if "__file__" in globals() else "notebook"}
+from fraudlab.features.kernels import BASE, END, FIRST, LAST, MASK, REPORTED, TAG
+from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, flat, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, rebase, same, slot, split
 from numba import carray
 
 """
@@ -546,32 +571,11 @@ def _reported(self: Memory, row: np.ndarray, known: int):
     self.table[0] = self.rows.ctypes.data
 Memory._reported = _reported
 
-# %% ../../nbs/20_features/30_online.ipynb #8195f13c
-def packed(self: Memory, k: int, payment: dict) -> bytes | None:
-    "The packed state of `payment`'s entity number `k`, as `Online.update` takes it; None if it is new."
-    self.engine.pack(payment, self.buffer)
-    at = peek(self.H[k], self.rows[0, self.engine.columns.index(f"key {self.engine.entities[k]}")])
-    if not at: return None
-    row, wide = self.S[k][at:at + 1].copy(), len(self.engine.loops[k].columns)
-    base, mask, first, end = row[0, [BASE, MASK, FIRST, END]].tolist()
-    getattr(self.engine.compiled, f"rebase{k}")(row, 0)
-    events = base + (np.arange(first, end) & mask)[:, None] * wide + np.arange(wide)
-    row[0, BASE] = 0
-    return row.tobytes() + self.E[k].reshape(-1)[events].tobytes()
-Memory.packed = packed
-
-# %% ../../nbs/20_features/30_online.ipynb #12588932
+# %% ../../nbs/20_features/30_online.ipynb #d44a1b95
 def keys(self: Online, payment: dict) -> list[bytes | None]:
     "The key of each entity's state in a store, such as `payer=anna`; None for a payment without that entity."
-    return [_key(*both, payment) for both in zip(self.prefixes, self.parts, strict=True)]
+    return self._named(payment)
 Online.keys = keys
-
-def _key(prefix: bytes, names: list[str], payment: dict) -> bytes | None:
-    if len(names) == 1:
-        value = payment[names[0]]
-        return prefix + (value if value.__class__ is str else str(value)).encode() if value is not None else None
-    values = [payment[n] for n in names]   # the separator is doubled where it is part of a value
-    return None if None in values else prefix + chr(31).join(str(v).replace(chr(31), chr(31) * 2) for v in values).encode()
 
 def update(self: Online, packed: list[bytes | None], payment: dict) -> tuple[np.ndarray, list[bytes | None], str]:
     "Features [K] float32 of `payment`, the packed states after it, and what happened to it. `packed` is in the order of `entities`; None: a new entity."
@@ -590,11 +594,45 @@ def report(self: Online, packed: list[bytes | None], payment: dict, known_at: da
     return [one.packed(k) for k in range(len(self.plans))] if found else packed
 Online.report = report
 
+def idle(self: Online, k: int, packed: bytes, now: int) -> bool:
+    "Whether nothing of entity number `k` counts at `now` (microseconds) any more: a store may let go of its packed state."
+    last = int.from_bytes(packed[8 * LAST:8 * LAST + 8], "little", signed=True)
+    return not self.loops[k].lasting and last < now - self.keep[k]
+Online.idle = idle
+
 def _unpacked(self: Online, packed: list[bytes | None]):
     if self._scratch is None: self._scratch = _Scratch(self)
     for k, state in enumerate(packed): self._scratch.unpack(k, state)
     return self._scratch
 Online._unpacked = _unpacked
+
+# %% ../../nbs/20_features/30_online.ipynb #836c6a99
+def states(self: Memory, k: int) -> dict[int, bytes]:
+    "The packed state of every entity number `k`, by the `code` of its key, as `Online.update` takes it."
+    loop, n = self.engine.loops[k], int(self.C[k][0, 0]) + 1
+    S = self.S[k][:n].copy()
+    S[0] = loop.blank
+    sizes = S.shape[1] + (S[:, END] - S[:, FIRST]) * len(loop.columns)
+    ends = np.cumsum(sizes)
+    out = np.empty(ends[-1], np.int64)
+    _pack_all(self.E[k][:, 0], S, len(loop.columns), np.array(loop.places), out)
+    taken = self.H[k][self.H[k][:, 1] > 0]
+    view, ends = memoryview(out).cast("B"), [0, *(8 * ends).tolist()]
+    return {code: bytes(view[ends[o]:ends[o + 1]]) for code, o in zip(taken[:, 0].view(np.uint64).tolist(), taken[:, 1].tolist(), strict=True)}
+Memory.states = states
+
+@njit
+def _pack_all(E, S, wide, places, out):
+    at = 0
+    for o in range(len(S)):
+        base, mask, first, end = S[o, BASE], S[o, MASK], S[o, FIRST], S[o, END]
+        rebase(S, o, places)
+        S[o, BASE] = 0
+        for c in range(S.shape[1]): out[at + c] = S[o, c]
+        at += S.shape[1]
+        for j in range(first, end):
+            for c in range(wide): out[at + c] = E[base + (j & mask) * wide + c]
+            at += wide
 
 # %% ../../nbs/20_features/30_online.ipynb #574ce17e
 class _Scratch(Memory):

@@ -17,7 +17,7 @@ import polars as pl
 from ..core.runs import text_hash
 from ..features.definitions import ALL, NEVER, FeatureSet, Risk, Window, duration
 from ..features.offline import fraud_known
-from ..features.online import Memory, Online, microseconds
+from ..features.online import Memory, Online, microseconds, rows_of
 from ..features.stores import Blobs, Result, StoreError, copy, open_store, short, sweeps
 
 # %% ../../nbs/70_serving/10_state.ipynb #67b00791
@@ -182,8 +182,14 @@ def sweep(state: State, scored: int):
     if state.due < LOOKS // 4: return
     state.due = 0
     if next(state.sweeper, None) is None:     # all were looked at: again from the first
-        state.sweeper = sweeps(state.store, b"=payment=", lambda blob: seen(blob).values[0] < state.newest - state.keep, LOOKS)
+        state.sweeper = _sweeper(state)
         next(state.sweeper, None)
+
+def _sweeper(state: State) -> Iterator[int]:
+    "A look at all that may go: payments seen, and entities of which nothing counts any more."
+    yield from sweeps(state.store, b"=payment=", lambda blob: seen(blob).values[0] < state.newest - state.keep, LOOKS)
+    for k, prefix in enumerate(state.engine.prefixes):
+        yield from sweeps(state.store, prefix, lambda blob, k=k: state.engine.idle(k, blob, state.newest), LOOKS)
 
 LOOKS = 64   # keys at a time
 
@@ -214,7 +220,9 @@ def _states(memory: Memory, payments: pl.DataFrame) -> Items:
     engine = memory.engine
     for k, names in enumerate(engine.parts):
         ones = payments.drop_nulls(names).unique(names, keep="first")
-        for p in ones.iter_rows(named=True): yield short(engine.keys(p)[k]), memory.packed(k, p)
+        codes = rows_of(engine, ones)[:, engine.columns.index(f"key {engine.entities[k]}")].view(np.uint64).tolist()
+        packed = memory.states(k)
+        for p, code in zip(ones.iter_rows(named=True), codes, strict=True): yield short(engine.keys(p)[k]), packed[code]
 
 def _histories(state: State, payments: pl.DataFrame, rows: np.ndarray) -> Items:
     "Each payer's latest rows."
