@@ -207,10 +207,11 @@ def over_nothing(f) -> float:
     if f.take == "rate" and f.prior_weight: return f.prior_rate
     return float("nan") if f.empty is None else f.empty
 
-# %% ../../nbs/20_features/00_definitions.ipynb #e60651f9
+# %% ../../nbs/20_features/00_definitions.ipynb #a2880be9
 Feature = Row | Window | Risk | Decay | Since | Velocity | Encoded
 KINDS = {kind.__name__: kind for kind in get_args(Feature)}
 
+# %% ../../nbs/20_features/00_definitions.ipynb #15066cbe
 @dataclass(frozen=True)
 class FeatureSet:
     "Features in a fixed order, with unique names."
@@ -279,7 +280,7 @@ def needs(features: FeatureSet) -> tuple[list[str], list[str]]:
         elif f.take == "currency_exponent": categories.add("currency")
     return sorted(map(column, categories)), sorted(numbers)
 
-# %% ../../nbs/20_features/00_definitions.ipynb #1c70ab9a
+# %% ../../nbs/20_features/00_definitions.ipynb #a95fd989
 def check_table(
     features: FeatureSet,
     payments: pl.DataFrame,   # at least the columns that the features read
@@ -297,6 +298,7 @@ def check_table(
         if not payments.schema[name].is_numeric(): raise ValueError(f"'{name}' is {payments.schema[name]}: the features add it up or compare it, so it must be a number.")
     _check_rows(features, payments, categories, numbers)
 
+# %% ../../nbs/20_features/00_definitions.ipynb #43c58023
 def _check_rows(features: FeatureSet, payments: pl.DataFrame, categories: list[str], numbers: list[str]):
     if not payments["event_time"].is_sorted(): raise ValueError("Payments are not in time order: sort them by event_time.")
     for name in ("event_time", "amount", *CORE.values()):
@@ -313,7 +315,7 @@ def adds_amounts(f: Feature) -> bool:
     "Whether the feature puts amounts of several payments together."
     return isinstance(f, Window | Decay) and f.of == "amount" and f.take != "count"
 
-# %% ../../nbs/20_features/00_definitions.ipynb #d9981f6c
+# %% ../../nbs/20_features/00_definitions.ipynb #03647698
 def fit(
     features: FeatureSet,
     payments: pl.DataFrame,
@@ -337,6 +339,7 @@ def _fitted(f: Encoded, seen: pl.DataFrame, known: pl.DataFrame, until: datetime
     number = by.select("value", number=pl.col("n") / len(seen) if f.take == "frequency" else rate)
     return replace(f, values=tuple(number.iter_rows()), unseen=0.0 if f.take == "frequency" else overall, fitted_until=int(until.timestamp() * 1e6))
 
+# %% ../../nbs/20_features/00_definitions.ipynb #91e8ec25
 def unfitted(features: FeatureSet) -> list[str]:
     "Names of the encodings that have no values yet."
     return [f.name for f in features.features if isinstance(f, Encoded) and f.fitted_until is None]

@@ -169,7 +169,7 @@ def _squares(loop: Loop, f) -> tuple[str, str]:
     if new: loop.both(front, tail, f.of, *(f"{high}, {low} = add_square({high}, {low}, x, {sign})" for sign in (1, -1)))
     return high, low
 
-# %% ../../nbs/20_features/05_kernels.ipynb #d2679341
+# %% ../../nbs/20_features/05_kernels.ipynb #b346af09
 def _extreme(loop: Loop, f) -> str:
     "Smallest or largest; searched anew when it leaves."
     front, tail = loop.span(f)
@@ -182,6 +182,7 @@ def _extreme(loop: Loop, f) -> str:
                               f"        if x != NULL: {m} = {f.take}({m}, x)"]
     return m
 
+# %% ../../nbs/20_features/05_kernels.ipynb #65f587bc
 def _distinct(loop: Loop, f) -> str:
     "Different values in the window: one more when a value enters that is not in it, one less when its only place leaves."
     front, tail = loop.span(f)
@@ -196,6 +197,7 @@ def _distinct(loop: Loop, f) -> str:
         loop.both(front, tail, f.of, *(f"{d} {sign}= absent(E, G, base, mask, {where}, {start}, {front}, x)" for sign, start in (("+", tail), ("-", f"{tail} + 1"))))
     return d
 
+# %% ../../nbs/20_features/05_kernels.ipynb #6c3fbf66
 @njit
 def absent(E, G, base, mask, wide, place, column, a, b, x):
     "Whether no event from place `a` to before `b` has `x` in `column`: 16 bits of each are searched, and what is found is looked at."
@@ -280,7 +282,7 @@ def _read_window(loop: Loop, f, out: str) -> list[str]:
     if take == "std": return [f"{out} = {deviation} / {MONEY} if {n} > 1 else {_empty(f)}"]
     return [f"x = {own}; s = {deviation}", f"{out} = (np.float64({n}) * x - {total}) / {n} / s if s > 0 and x != NULL else {_empty(f)}"]
 
-# %% ../../nbs/20_features/05_kernels.ipynb #6e6242f9
+# %% ../../nbs/20_features/05_kernels.ipynb #d85434ce
 def _read_risk(loop: Loop, f, out: str) -> list[str]:
     frauds, n, w = _frauds(loop, f), _size(loop, f), float(f.prior_weight)
     if f.take == "frauds": return [f"{out} = {frauds}"]
@@ -305,6 +307,7 @@ def _read_velocity(loop: Loop, f, out: str) -> list[str]:
     x, y = loop.event("i", degrees(f.latitude)), loop.event("i", degrees(f.longitude))
     return [f"{out} = speed({x}, {y}, {lat}, {lon}, t - {when}) if {when} != NULL and {x} == {x} and {y} == {y} else {_empty(f)}"]
 
+# %% ../../nbs/20_features/05_kernels.ipynb #de383412
 _READS = {Window: _read_window, Risk: _read_risk, Decay: _read_decay, Since: _read_since, Velocity: _read_velocity}
 
 def _null(loop: Loop, column: str) -> str:
@@ -374,7 +377,7 @@ def _carried(loop: Loop) -> tuple[list[str], list[str]]:
     store = [f"{at} = {v}{moved[v].replace('+', '-')}" for v, at in where.items()]
     return load, [*store, f"S[e, {len(where)}] = until"]
 
-# %% ../../nbs/20_features/05_kernels.ipynb #dc700efd
+# %% ../../nbs/20_features/05_kernels.ipynb #3b0d9812
 BASE, MASK, FIRST, END, LAST, REPORTED, TAG, STATE = range(8)   # columns of S
 
 class OnlineLoop(NamedTuple):
@@ -387,6 +390,7 @@ class OnlineLoop(NamedTuple):
     horizon: int                # microseconds that events are needed for
     lasting: bool               # whether anything is kept for good
 
+# %% ../../nbs/20_features/05_kernels.ipynb #600ad1b3
 def online_source(plan: Plan, k: int) -> OnlineLoop:
     "`evaluate` brings the state to a payment and reads it, `drop` lets go of old events, `report` counts a fraud."
     columns = ("time", "id", *plan.integers[1:], *plan.categories)
@@ -427,7 +431,7 @@ def _blank(loop: Loop, lasting: list[str]) -> np.ndarray:
     values = {"first": 0, "0": 0, "NULL": NULL, "NEVER": NEVER, "0.0": 0, "nan": int(np.float64("nan").view(np.int64))}
     return np.array([0, -1, 0, 0, NULL, NULL, 0, *(values[start] for start in loop.state.values()), *(values[loop.state[v]] for v in lasting)], np.int64)
 
-# %% ../../nbs/20_features/05_kernels.ipynb #590adef3
+# %% ../../nbs/20_features/05_kernels.ipynb #a5a3b2b0
 def _folder() -> Path:
     "Where compiled loops are kept: private to the user."
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fraudlab" / "kernels"
@@ -437,6 +441,7 @@ def _folder() -> Path:
     except OSError: pass
     return Path(tempfile.mkdtemp(prefix="fraudlab-kernels-"))
 
+# %% ../../nbs/20_features/05_kernels.ipynb #fae6895a
 def compiled(source: str, names: tuple[str, ...], imports: str = "") -> SimpleNamespace:
     "The functions `names` of `source` (set apart by blank lines), compiled on their first call."
     jit = "@njit(nogil=True, cache=True, error_model='numpy')\n"

@@ -45,7 +45,7 @@ def dense(frame: pl.DataFrame, names: list[str]) -> tuple[np.ndarray, int]:
     codes = key.cast(pl.UInt32).fill_null(NOBODY) if key.null_count() else key
     return codes.to_numpy(), (key.max() or 0) + 1
 
-# %% ../../nbs/20_features/10_offline.ipynb #5b5b538d
+# %% ../../nbs/20_features/10_offline.ipynb #aaa30e25
 @njit(nogil=True)
 def _count(code, counts):
     for c in code: counts[c] += 1
@@ -60,6 +60,7 @@ def _deal_in(code, cursor, integers, categories, E, W):
         for k in range(E.shape[1]): E[place, k] = integers[k, i]
         for k in range(W.shape[1]): W[place, k] = categories[k, i]
 
+# %% ../../nbs/20_features/10_offline.ipynb #587025cf
 @njit(nogil=True)
 def _deal_out(code, cursor, records, out):
     "Records to the columns `out` [K, M], in the order of the table."
@@ -118,7 +119,7 @@ def groups(plan: Plan) -> list[Plan]:
             room.extend(part)
     return [plan._replace(features=tuple(f for _, f in b), places=tuple(k for k, _ in b)) for b in bins]
 
-# %% ../../nbs/20_features/10_offline.ipynb #bdc023a3
+# %% ../../nbs/20_features/10_offline.ipynb #b23bafe2
 class _Buffers:
     "Memory that one entity after the other uses: fresh memory costs more than what is written to it."
     def __init__(self): self.held = {}
@@ -129,6 +130,7 @@ class _Buffers:
             self.held[name] = np.empty(rows * columns, dtype)
         return self.held[name][:rows * columns].reshape(rows, columns)
 
+# %% ../../nbs/20_features/10_offline.ipynb #6a714085
 class _Part:
     "One entity's payments in a part of a table, side by side: `E` integers, `W` categories, entity `e` from `starts[e]`, new ones from `begin[e]`."
 
@@ -177,11 +179,12 @@ def _copy(E, W, starts, new_E, new_W, new_starts):
         new_E[new_starts[e]:new_starts[e] + n] = E[starts[e]:starts[e + 1]]
         new_W[new_starts[e]:new_starts[e] + n] = W[starts[e]:starts[e + 1]]
 
-# %% ../../nbs/20_features/10_offline.ipynb #4053463e
+# %% ../../nbs/20_features/10_offline.ipynb #c4cab5c6
 class _Held:
     "What is carried of one entity: events still in a window, and the state of each group's loop."
     def __init__(self, E, W, starts, states): self.E, self.W, self.starts, self.states = E, W, starts, states
 
+# %% ../../nbs/20_features/10_offline.ipynb #21183b3c
 class Offline:
     "Features of the parts of a table, one after the other."
 

@@ -78,7 +78,7 @@ def _squeeze(E, G, S, o, t, wide, columns):
     S[o, END] += 1
     return at
 
-# %% ../../nbs/20_features/30_online.ipynb #02e0cf38
+# %% ../../nbs/20_features/30_online.ipynb #45673060
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)   # 2^64 / golden ratio: spreads keys that are near to one another
 
 @njit(inline="always")
@@ -91,6 +91,7 @@ def peek(H, key):
     while H[at, 1] != 0 and H[at, 0] != key: at = (at + 1) & (len(H) - 1)
     return H[at, 1]
 
+# %% ../../nbs/20_features/30_online.ipynb #3a7ce16a
 @njit
 def slot(H, C, S, blank, key):
     "The row of S of the entity with `key`, blank if it is new; -1 if there is no room."
@@ -104,6 +105,7 @@ def slot(H, C, S, blank, key):
     S[C[0]] = blank
     return C[0]
 
+# %% ../../nbs/20_features/30_online.ipynb #0cb41192
 @njit
 def double(E, G, C, free, S, o, wide, columns):
     "Twice as many places for the events of entity `o` (from none, 4); False if the pool has no room."
@@ -124,6 +126,7 @@ def double(E, G, C, free, S, o, wide, columns):
     S[o, BASE], S[o, MASK] = base, size - 1
     return True
 
+# %% ../../nbs/20_features/30_online.ipynb #21132abc
 @njit
 def rebase(S, o, places):
     "Count places from the first event that is kept."
@@ -171,7 +174,7 @@ def fetch_events(S, o, E, wide, columns, tails):
         fetch(E + 8 * (base + (S[o, tail] & mask) * wide))
         for c in range(columns): fetch(E + 8 * (base + (mask + 1) * wide) + 2 * ((mask + 1) * c + (S[o, tail] & mask)))
 
-# %% ../../nbs/20_features/30_online.ipynb #de2bce91
+# %% ../../nbs/20_features/30_online.ipynb #0f5e24db
 @intrinsic
 def pointer(typing, address):
     "An address as a pointer."
@@ -186,6 +189,7 @@ def integers(A, at):
 @njit(inline="always")
 def floats(A, at): return carray(pointer(A[at]), (A[at + 1], A[at + 2]), np.float64)
 
+# %% ../../nbs/20_features/30_online.ipynb #0cfb0632
 @njit(inline="always")
 def flat(A, at):
     "An array of one column, as integers, as floats, and as integers of 16 bits."
@@ -236,7 +240,7 @@ def reported{k}(E, S, o, t, id, known):
     return True
 """
 
-# %% ../../nbs/20_features/30_online.ipynb #7477782b
+# %% ../../nbs/20_features/30_online.ipynb #96cf2386
 _ALL = """
 def replay(address, start, stop, packed):
     A = carray(pointer(address), {size}, np.int64)
@@ -269,6 +273,7 @@ def reports(address, known, packed):
 """
 VIEW = 24   # numbers of an entity in the table of addresses, after the first 9
 
+# %% ../../nbs/20_features/30_online.ipynb #04b26849
 def _assembled(loops: list, keys: dict, columns: list[str], plans: list) -> str:
     "Source of `replay` (of one payment, `packed`: with its entities' states in row 1) and `reports`, for all entities of a set."
     asked = [], [], []
@@ -432,7 +437,7 @@ def _namer(engine: Online):
     exec("\n    ".join(["def named(p):", *lines, f"return [{', '.join(f'k{n}' for n in range(len(lines)))}]"]), scope)
     return scope["named"]
 
-# %% ../../nbs/20_features/30_online.ipynb #d3d8e367
+# %% ../../nbs/20_features/30_online.ipynb #00128dc9
 _IMPORTS = f"""# functions: {hashlib.sha256(Path(__file__).read_bytes()).hexdigest() if "__file__" in globals() else "notebook"}
 from fraudlab.features.kernels import BASE, END, FIRST, LAST, MASK, REPORTED, TAG
 from fraudlab.features.online import DUPLICATE, NEW, TOO_LATE, bucket, double, expired, flat, fetch, fetch_events, fetch_row, floats, integers, peek, place, pointer, rebase, same, slot, split
@@ -440,6 +445,7 @@ from numba import carray
 
 """
 
+# %% ../../nbs/20_features/30_online.ipynb #fd627a98
 class Memory:
     "The state of all entities of an engine, in this process."
 
@@ -534,7 +540,7 @@ def rows_of(engine: Online, payments: pl.DataFrame) -> np.ndarray:
                *(codes(payments[n]) for n in engine.names), *keys]
     return np.ascontiguousarray(np.stack(columns, 1))
 
-# %% ../../nbs/20_features/30_online.ipynb #4295c793
+# %% ../../nbs/20_features/30_online.ipynb #fda72a6d
 def replay(self: Memory, payments: pl.DataFrame, labels: pl.DataFrame | None = None, ordered: bool = True) -> tuple[np.ndarray, np.ndarray]:
     "Features [M, K] float32 of `payments` in the order of their rows, and what happened to each (index of `STATUS`)."
     from fraudlab.features.offline import _alone as expression, fraud_known
@@ -557,6 +563,7 @@ def replay(self: Memory, payments: pl.DataFrame, labels: pl.DataFrame | None = N
     return out, status[:, 0]
 Memory.replay = replay
 
+# %% ../../nbs/20_features/30_online.ipynb #76fcb81d
 def _run(self: Memory, at: int, stop: int) -> int:
     while self.engine.compiled and at < stop:
         at = self.engine.compiled.replay(self.address, at, stop, False)
@@ -571,7 +578,7 @@ def _reported(self: Memory, row: np.ndarray, known: int):
     self.table[0] = self.rows.ctypes.data
 Memory._reported = _reported
 
-# %% ../../nbs/20_features/30_online.ipynb #d44a1b95
+# %% ../../nbs/20_features/30_online.ipynb #8219c028
 def keys(self: Online, payment: dict) -> list[bytes | None]:
     "The key of each entity's state in a store, such as `payer=anna`; None for a payment without that entity."
     return self._named(payment)
@@ -594,6 +601,7 @@ def report(self: Online, packed: list[bytes | None], payment: dict, known_at: da
     return [one.packed(k) for k in range(len(self.plans))] if found else packed
 Online.report = report
 
+# %% ../../nbs/20_features/30_online.ipynb #0a200620
 def idle(self: Online, k: int, packed: bytes, now: int) -> bool:
     "Whether nothing of entity number `k` counts at `now` (microseconds) any more: a store may let go of its packed state."
     last = int.from_bytes(packed[8 * LAST:8 * LAST + 8], "little", signed=True)
@@ -606,7 +614,7 @@ def _unpacked(self: Online, packed: list[bytes | None]):
     return self._scratch
 Online._unpacked = _unpacked
 
-# %% ../../nbs/20_features/30_online.ipynb #836c6a99
+# %% ../../nbs/20_features/30_online.ipynb #754b6a8d
 def states(self: Memory, k: int) -> dict[int, bytes]:
     "The packed state of every entity number `k`, by the `code` of its key, as `Online.update` takes it."
     loop, n = self.engine.loops[k], int(self.C[k][0, 0]) + 1
@@ -621,6 +629,7 @@ def states(self: Memory, k: int) -> dict[int, bytes]:
     return {code: bytes(view[ends[o]:ends[o + 1]]) for code, o in zip(taken[:, 0].view(np.uint64).tolist(), taken[:, 1].tolist(), strict=True)}
 Memory.states = states
 
+# %% ../../nbs/20_features/30_online.ipynb #ab378624
 @njit
 def _pack_all(E, S, wide, places, out):
     at = 0
