@@ -112,7 +112,7 @@ def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
 
 def test_list_and_doctor_know_what_there_is(lab):
     listed = fraudlab(lab, "list")
-    for name in ("handbook_file", "mapped", "ulb", "handbook_strict", "logistic", "forest", "boosted", "history", "fraud", "prepare", "serve"):
+    for name in ("mapped", "ulb", "handbook_strict", "logistic", "forest", "boosted", "history", "fraud", "prepare", "audit", "serve"):
         assert name in listed
     assert "papermill" in fraudlab(lab, "doctor")
 
