@@ -540,7 +540,7 @@ def rows_of(engine: Online, payments: pl.DataFrame) -> np.ndarray:
                *(codes(payments[n]) for n in engine.names), *keys]
     return np.ascontiguousarray(np.stack(columns, 1))
 
-# %% ../../nbs/20_features/30_online.ipynb #fda72a6d
+# %% ../../nbs/20_features/30_online.ipynb #1d68d91d
 def replay(self: Memory, payments: pl.DataFrame, labels: pl.DataFrame | None = None, ordered: bool = True) -> tuple[np.ndarray, np.ndarray]:
     "Features [M, K] float32 of `payments` in the order of their rows, and what happened to each (index of `STATUS`)."
     from fraudlab.features.offline import _alone as expression, fraud_known
@@ -551,9 +551,9 @@ def replay(self: Memory, payments: pl.DataFrame, labels: pl.DataFrame | None = N
     known = fraud_known(payments, labels) if labels is not None and any(p.risk for p in e.plans) else np.full(len(rows), NEVER)
     at_once = known <= rows[:, 0]   # a report that comes with its payment
     rows[at_once, e.columns.index("known")] = known[at_once]
-    known, at = np.where(at_once, NEVER, known), 0
+    known, newest, at = np.where(at_once, NEVER, known), np.maximum.accumulate(rows[:, 0]), 0
     for j in np.argsort(known, kind="stable")[:np.count_nonzero(known < NEVER)]:
-        stop = max(int(np.searchsorted(np.maximum.accumulate(rows[:, 0]), known[j], "left")), int(j) + 1)
+        stop = max(int(np.searchsorted(newest, known[j], "left")), int(j) + 1)
         at = self._run(at, stop)
         self._reported(rows[j], int(known[j]))
     self._run(at, len(rows))
