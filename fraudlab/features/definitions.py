@@ -298,7 +298,7 @@ def check_table(
         if not payments.schema[name].is_numeric(): raise ValueError(f"'{name}' is {payments.schema[name]}: the features add it up or compare it, so it must be a number.")
     _check_rows(features, payments, categories, numbers)
 
-# %% ../../nbs/20_features/00_definitions.ipynb #f3e6f9b5
+# %% ../../nbs/20_features/00_definitions.ipynb #3a863619
 def _check_rows(features: FeatureSet, payments: pl.DataFrame, categories: list[str], numbers: list[str]):
     if not payments["event_time"].is_sorted(): raise ValueError("Payments are not in time order: sort them by event_time.")
     for name in ("event_time", "amount", *CORE.values()):
@@ -306,7 +306,7 @@ def _check_rows(features: FeatureSet, payments: pl.DataFrame, categories: list[s
             raise ValueError(f"{name} is null in {nulls:,} of {len(payments):,} payments. Read them through a source, which puts them into quarantine; "
                              "a source without payers and payees needs a feature set without them.")
     if mixed := [f for f in features.features if adds_amounts(f) and "currency" not in f.entity.split("+")]:
-        currency = payments["currency"] if "currency" in payments.columns else pl.Series([None])
+        currency = payments["currency"] if "currency" in payments.columns else payments["payment_id"].head(0)
         if len(currency) and (currency != currency[0]).any():
             currencies = currency.unique().sort().to_list()
             raise ValueError(f"'{mixed[0].name}' adds amounts, and the payments are in {', '.join(map(str, currencies[:5]))}. Use an entity with the currency, "
