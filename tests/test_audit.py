@@ -31,7 +31,7 @@ from fraudlab.features.audit import (
     report,
     smallest,
 )
-from fraudlab.features.definitions import Decay, Encoded, FeatureSet, Risk, Row, Since, Velocity, Window, needs, unfitted
+from fraudlab.features.definitions import Decay, Encoded, FeatureSet, Risk, Row, Since, Velocity, Window, need_fitted, needs
 from fraudlab.features.encoding import Encoding
 from fraudlab.models.contract import score_all
 from fraudlab.training.loop import fit
@@ -146,7 +146,8 @@ STRICT = (
 
 def test_no_kind_of_feature_raises_a_false_alarm():
     features = FeatureSet(STRICT)
-    assert unfitted(features)
+    with pytest.raises(ValueError, match="'often' has no values yet"):
+        need_fitted(features)
     tables = with_columns(features)
     for seed in range(2):
         assert audit(feature_subject(features, UNTIL), tables, seed=seed) == []
@@ -277,7 +278,7 @@ def test_delta_debugging_finds_a_part_that_cannot_be_made_smaller():
 def test_a_subject_that_cannot_be_audited_is_refused(subject, message):
     with pytest.raises(ValueError, match=message):
         audit(subject, SMALL)
-    with pytest.raises(ValueError, match="'often' is not fitted"):
+    with pytest.raises(ValueError, match="'often' has no values yet"):
         feature_subject(FeatureSet((Encoded("often", "payer", "frequency"),)))
 
 

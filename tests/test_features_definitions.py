@@ -23,8 +23,8 @@ from fraudlab.features.definitions import (
     diff,
     duration,
     fit,
+    need_fitted,
     needs,
-    unfitted,
 )
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -131,7 +131,9 @@ SUM, PLACE = FeatureSet((replace(COUNT, take="sum"),)), FeatureSet((Window("w", 
         (PLACE, table(country=[1.5] * 6), "'country' is Float64: a category or key"),
         (SUM, table(amount=["1"] * 6), "'amount' is String: .* must be a number"),
         (SUM, table(payer_id=[None, *"abcde"]), "payer_id is null in 1 of 6 payments"),
-        (SUM, table(amount=[None, *range(5)]), "amount is null in 1 of 6 payments"),
+        (SUM, table(amount=[None, *range(5)]), "amount is null or NaN in 1 of 6 payments"),
+        (SUM, table(amount=[float("nan")] * 2 + [1.0] * 4), "amount is null or NaN in 2 of 6 payments"),
+        (SUM, table(currency=[None, "EUR", "JPY"] * 2), "payments are in EUR, JPY. Use an entity with the currency"),
         (SUM, table(currency=["EUR", "JPY"] * 3), "payments are in EUR, JPY. Use an entity with the currency"),
         (SUM, table().reverse(), "not in time order"),
         (SUM, table().with_columns(pl.col("event_time").dt.replace_time_zone(None)), "must be in UTC"),
@@ -169,8 +171,9 @@ def test_fitting_sees_what_was_known_before_until(day, delay):
         k: float(bool(judged)) for k in seen["payee_id"].unique()
     }  # all are frauds; the unjudged get the overall rate
     assert count == COUNT
-    assert unfitted(ENCODED) == ["often", "risky"]
-    assert not unfitted(fitted)
+    need_fitted(fitted)
+    with pytest.raises(ValueError, match="The encoding 'often' has no values yet"):
+        need_fitted(ENCODED)
 
 
 def test_payments_before_the_fit_do_not_get_its_values():

@@ -1,7 +1,10 @@
 """The offline and the online engine against the reference, on inputs that hypothesis makes: ties, nulls, bursts, late events."""
 
 import itertools
-from datetime import timedelta
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import polars as pl
@@ -10,9 +13,9 @@ from features_reference import ALL, EVERYTHING, MIXED, SPANS, assert_close, exam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fraudlab.features.definitions import Decay, FeatureSet, Risk, Since, Velocity, Window
+from fraudlab.features.definitions import Decay, FeatureSet, Risk, Row, Since, Velocity, Window
 from fraudlab.features.offline import Offline, compute, compute_parts
-from fraudlab.features.online import STATUS, Memory, Online
+from fraudlab.features.online import STATUS, Memory, Online, OtherCurrency
 
 # every kind and take once, in few entities: each is compiled
 SOME = FeatureSet(
@@ -57,7 +60,6 @@ def test_engines_equal_the_reference(engine, pair):
     payments, labels = pair
     expected = reference(SOME, payments, labels)
     assert_close(compute(SOME, payments, labels), expected, SOME)
-    engine.currency = None
     values, status = Memory(engine, entities=1).replay(payments, labels)
     assert set(status) <= {0}
     assert_close(frame(payments, values, SOME), expected, SOME)
@@ -93,7 +95,7 @@ def test_late_payments_duplicates_and_late_reports(engine, pair, random):
     rows = payments.to_dicts()
     arrivals = sorted(range(len(rows)), key=lambda i: (rows[i]["event_time"] + timedelta(hours=random.choice([0, 0, 30, 47])), i))
     known = {r["payment_id"]: r["known_at"] for r in labels.to_dicts() if r["is_fraud"]}
-    engine.currency, memory, store = None, Memory(engine, entities=1), {}
+    memory, store = Memory(engine, entities=1), {}
     come, told = [], []
     for i in arrivals:
         for name in [p["payment_id"] for p in come if p["payment_id"] in known and p["payment_id"] not in told and random.random() < 0.5]:
@@ -120,7 +122,7 @@ def test_late_payments_duplicates_and_late_reports(engine, pair, random):
 
 def test_too_late_is_not_added(engine):
     payments, _ = tables_of_one()
-    engine.currency, memory = None, Memory(engine)
+    memory = Memory(engine)
     first, last = payments.row(0, named=True), payments.row(0, named=True) | {"payment_id": "last"}
     last["event_time"] += timedelta(days=3)
     assert memory.update(last)[1] == "new"
@@ -129,6 +131,151 @@ def test_too_late_is_not_added(engine):
     assert np.isnan(values).all()
     again, _ = memory.update(last | {"payment_id": "next", "event_time": last["event_time"] + timedelta(hours=1)})
     assert again[SOME.names.index("all")] == last["amount"]
+
+
+MEANS = FeatureSet(
+    (Window("count", "payee", "count", "1d"), Window("mean", "payer", "mean", "1d"), Decay("sum", "payer+payee", "sum", "1d"))
+)
+EUROS = {
+    "payment_id": "1",
+    "event_time": datetime(2026, 1, 1, tzinfo=UTC),
+    "payer_id": "a",
+    "payee_id": "x",
+    "amount": 1.0,
+    "currency": "EUR",
+}
+
+
+def paid(hour: float, **changes) -> dict:
+    return EUROS | {"payment_id": f"at {hour}", "event_time": EUROS["event_time"] + timedelta(hours=hour)} | changes
+
+
+@pytest.mark.parametrize("hour", [0, -1, -30, 2])  # a duplicate's time, late, too late, new
+def test_an_amount_in_another_currency_is_refused_and_changes_nothing(hour):
+    engine = Online(MEANS)
+    memory, store = Memory(engine), {}
+
+    def stored(p):
+        mine = engine.keys(p)
+        values, states, what = engine.update([store.get(k) for k in mine], p)
+        store.update(zip(mine, states, strict=True))
+        return values, what
+
+    for p in (paid(-40, currency=None), paid(0), paid(1, payer_id="b", currency="JPY"), paid(1.5, payer_id="c", currency=None)):
+        assert (
+            stored(p)[1] == memory.update(p)[1] == "new"
+        )  # another payer may pay the same payee in yen: nothing of the payee's is added up
+    before, held = dict(store), [memory.states(k) for k in range(3)]
+    for update in (memory.update, stored):
+        says = rf"Payment 'at {hour}' is in JPY, and the earlier ones of its payer are in EUR: 'mean' adds .*'payer\+currency'"
+        with pytest.raises(OtherCurrency, match=says):
+            update(paid(hour, payee_id="new", currency="JPY"))
+    assert store == before
+    assert [memory.states(k) for k in range(3)] == held
+    values, _ = memory.update(paid(3))
+    assert np.array_equal(values, stored(paid(3))[0])
+    assert values[1] == 1
+
+
+def test_a_replay_refuses_an_amount_in_another_currency():
+    payments = pl.DataFrame([paid(h, currency=c) for h, c in enumerate(("EUR", None, "EUR", "JPY", "EUR"))])
+    memory = Memory(Online(MEANS))
+    with pytest.raises(OtherCurrency, match=r"Payment 'at 3' is in JPY.* are in EUR"):
+        memory.replay(payments)
+    assert memory.update(paid(5))[0][0] == 3  # those before it are there
+
+
+BAD = [
+    ("amount", "10.00", "a number, of less than"),
+    ("amount", None, "not null"),
+    ("amount", float("nan"), "not null"),
+    ("amount", float("inf"), r"less than 9\.2e\+14"),
+    ("amount", 1e15, "less than"),
+    ("event_time", None, "not null"),
+    ("event_time", "2026-01-01T00:00:00Z", "a datetime with a zone"),
+    ("event_time", datetime(2026, 1, 1), "a datetime with a zone"),
+    ("event_time", 1767225600.0, "a datetime with a zone"),
+    ("payer_id", None, "not null; give it, or use a feature set without payers and payees"),
+    ("payee_id", 1.5, "text, an integer, or true or false"),
+    ("payment_id", None, "not null"),
+    ("device", ["phone"], "text, an integer, or true or false, or null"),
+    ("distance", "far", "a number, of less than"),
+    ("lat", "north", "a number"),
+    ("currency", "Euro", "three capital letters"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), BAD)
+def test_a_field_that_cannot_be_read_is_named_and_changes_nothing(engine, name, value, rule):
+    good = tables_of_one()[0].row(0, named=True)
+    memory = Memory(engine)
+    memory.update(good)
+    held = [memory.states(k) for k in range(len(engine.plans))]
+    bad = good | {"payment_id": "bad", name: value}
+    for read in (memory.update, lambda p: engine.update([None] * len(engine.plans), p)):
+        with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}: it must be .*{rule}"):
+            read(bad)
+        with pytest.raises(ValueError, match=f"The payment has no '{name}'") if name != "currency" else nullcontext():
+            read({k: v for k, v in bad.items() if k != name})
+    if name in ("payer_id", "device"):
+        with pytest.raises(ValueError, match=f"The payment has no '{name}'"):
+            engine.keys({k: v for k, v in bad.items() if k != name})
+    if name != "currency":
+        assert [memory.states(k) for k in range(len(engine.plans))] == held
+
+
+def test_features_of_the_payment_alone_refuse_what_they_cannot_read():
+    alone = Memory(Online(FeatureSet((Row("log", "log_amount"), Row("exponent", "currency_exponent")))))
+    assert alone.update(EUROS)[0].tolist() == [np.float32(np.log(2)), 2]
+    for bad in ({"amount": "1"}, {"amount": float("nan")}, {"amount": None}, {"currency": ["EUR"]}):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))} is "):
+            alone.update(EUROS | bad)
+
+
+def test_a_replay_refuses_what_a_table_may_not_hold(engine):
+    payments, labels = tables_of_one()
+    for change, says in (
+        (pl.lit(None, pl.Float64).alias("amount"), "amount is null or NaN in 1 of 1"),
+        (pl.lit("x").alias("lat"), "'lat' is String"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Memory(engine).replay(payments.with_columns(change), labels)
+
+
+def test_one_currency_is_asked_only_of_entities_whose_amounts_are_added():
+    assert [[f.name for f in fs] for fs in Online(MEANS).adding] == [[], ["mean"], ["sum"]]  # payee, payer, payer+payee
+    apart = FeatureSet(tuple(replace(f, entity=f"{f.entity}+currency") for f in MEANS.features))
+    assert not any(Online(apart).adding)
+
+
+def recoded(payments: pl.DataFrame, kind) -> pl.DataFrame:
+    """Device, payer and payee as `kind`: number them, and read the numbers as text, integers, truths or categories."""
+    names = ["device", "payer_id", "payee_id"]
+    if kind is pl.Boolean:
+        return payments.with_columns(pl.col(n).rank("dense") > 1 for n in names)
+    numbers = payments.with_columns(pl.col(n).rank("dense").cast(pl.Int64) - 1 for n in names)
+    return numbers if kind is pl.Int64 else numbers.with_columns(pl.col(names).cast(pl.String).cast(kind))
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Boolean, pl.Categorical(), pl.Enum([str(i) for i in range(40)])], ids=str)
+def test_keys_and_categories_of_any_type_count_as_their_text(kind):
+    payments, labels = together(examples(12))
+    payments = recoded(payments, kind)
+    value = "true" if kind is pl.Boolean else "0"
+    features = FeatureSet(tuple(replace(f, value=value) if f.take == "share" else f for f in SOME.features))
+    texts = payments.with_columns(pl.col("device", "payer_id", "payee_id").cast(pl.String))
+    expected = compute(features, texts, labels)
+    assert expected["share"].drop_nans().n_unique() > 2
+    assert_close(compute(features, payments, labels), expected, features)
+    assert_close(pl.concat(compute_parts(features, payments.iter_slices(50), labels)), expected, features)
+    engine = Online(features)
+    assert_close(frame(payments, Memory(engine).replay(payments, labels)[0], features), expected, features)
+    memory, other, known = Memory(engine), Memory(engine), labels.head(0)
+    memory.replay(payments[:20], known)
+    for p, q in zip(payments[:20].to_dicts(), texts[:20].to_dicts(), strict=True):
+        assert np.array_equal(memory.update(p)[0], other.update(q)[0], equal_nan=True)  # a duplicate: the same codes
+        assert memory.update(q)[1] == "duplicate"
+        assert engine.keys(p) == engine.keys(q)
 
 
 def tables_of_one():
@@ -141,7 +288,7 @@ def test_state_continues_a_table_without_gap_or_double_count(engine):
     payments, labels = together(examples(60))
     paid = labels.join(payments.select("payment_id", "event_time"), on="payment_id")
     labels = paid.filter(pl.col("known_at") > pl.col("event_time")).drop("event_time")
-    engine.currency, memory, half = None, Memory(engine), len(payments) // 2
+    memory, half = Memory(engine), len(payments) // 2
     start = payments["event_time"][half]
     memory.replay(payments[:half], labels.filter(pl.col("known_at") < start))
     by_id = {p["payment_id"]: p for p in payments.to_dicts()}

@@ -194,7 +194,7 @@ def test_what_is_refused(spark):
             "payer_id is null in",
         ),
         (EVERYTHING, payments.withColumn("currency", payments.payer_id), labels, "'payer_sum_amount_1h_0s_left' adds amounts"),
-        (FeatureSet((Encoded("e", "payee", "frequency"),)), payments, labels, "'e' is not fitted"),
+        (FeatureSet((Encoded("e", "payee", "frequency"),)), payments, labels, "'e' has no values yet"),
         (EVERYTHING, payments.drop("payment_id"), labels, "no column 'payment_id'"),
         (risk, payments, labels.drop("known_at"), "labels have no column 'known_at'"),
         (risk, payments, labels.withColumn("known_at", labels.known_at.cast("string")), "'known_at' of the labels is string"),

@@ -136,6 +136,14 @@ def test_a_payment_sent_again_gets_its_score_again_and_another_with_its_id_is_a_
     assert post(server, payment(server, "twice", payer_id="somebody else")).fault == (409, "conflict", "payment_id")
 
 
+def test_an_amount_in_another_currency_than_its_payers_is_a_conflict(server):
+    assert post(server, payment(server, "in euros", payer_id="traveller")).status == 200
+    yen = payment(server, "in yen", payer_id="traveller", currency="JPY")
+    assert post(server, yen).fault == (409, "conflict", "currency")
+    assert post(server, [payment(server, "fine before yen"), yen]).fault == (409, "conflict", "currency")
+    assert post(server, yen | {"payer_id": "somebody in Japan"}).status == 200
+
+
 def test_the_largest_list_is_scored_and_one_more_is_refused(server):
     payments = [payment(server, f"large-{i}") for i in range(257)]
     assert len(post(server, payments[:256]).json) == 256

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from test_stores import address, redis, server  # noqa: F401
 
+from fraudlab.features import online
 from fraudlab.features.definitions import FeatureSet, Risk, Window
 from fraudlab.features.encoding import Encoding
 from fraudlab.features.offline import compute
@@ -171,6 +172,36 @@ def test_a_state_of_another_model_or_half_a_state_is_refused(world, tmp_path, mo
     state.close()
     with pytest.raises(StoreError, match="its backfill was interrupted"):
         State(world.bundle, address)
+
+
+def test_a_payment_in_another_currency_is_a_conflict_after_a_restart_too(world, address):  # noqa: F811
+    scorer = Scorer(world.bundle, address)
+    first, second = world.payments[:2].to_dicts()
+    scorer.score([first])
+    scorer.close()
+    scorer = Scorer(world.bundle, address)
+    before, yen = everything(scorer), first | {"payment_id": "in yen", "currency": "JPY"}
+    with pytest.raises(Conflict, match="currency is another one than that of earlier payments") as refused:
+        scorer.score([second, yen])
+    assert refused.value.field == "currency"
+    assert everything(scorer) == before
+    scorer.score([second, yen | {"payee_id": "nobody before"}])  # of the pair the mean is taken, and it is new
+    scorer.close()
+
+
+def test_a_state_that_is_laid_out_in_another_way_is_refused(world, tmp_path, monkeypatch):
+    address = f"sqlite:{tmp_path}/state"  # noqa: F811
+    scorer = Scorer(world.bundle, address)
+    payment = world.payments.row(0, named=True)
+    scorer.score([payment])
+    keys = scorer.state.engine.keys(payment)
+    packed = scorer.state.store.get_many(keys)
+    scorer.close()
+    monkeypatch.setattr(online, "LAYOUT", online.LAYOUT + 1)
+    with pytest.raises(StoreError, match="was made for other features"):
+        State(world.bundle, address)
+    with pytest.raises(ValueError, match="made for another feature set, or by another version"):
+        online.Online(FEATURES).update(packed, payment)
 
 
 def test_a_copy_goes_on_as_the_original_does(world, tmp_path, address):  # noqa: F811

@@ -18,7 +18,7 @@ import polars as pl
 
 from ..data.contract import TIME, Field
 from ..data.splits import Fold
-from .definitions import UNITS, FeatureSet, Risk, duration, fit, unfitted
+from .definitions import UNITS, FeatureSet, Risk, duration, fit, need_fitted
 from .encoding import Encoding
 from .offline import compute
 from .sequences import Dataset
@@ -413,8 +413,7 @@ def feature_subject(
     engine: Callable = compute,          # (features, payments, labels) to a frame
 ) -> Subject:
     "The features of a set, as a subject."
-    if missing := unfitted(features) if until is None else []:
-        raise ValueError(f"'{missing[0]}' is not fitted: say until when the payments are known that it is fitted on.")
+    if until is None: need_fitted(features)
     return lambda payments, labels: engine(fit(features, payments, labels, until) if until else features, payments, labels)
 
 def declared_ties(features: FeatureSet) -> list[str]:

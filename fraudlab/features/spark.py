@@ -21,8 +21,9 @@ from pathlib import Path
 import polars as pl
 
 from ..core.errors import closest
-from .definitions import (ALL, CORE, EARTH, EXPONENTS, FORGOTTEN, MONEY, Decay, Encoded, Feature, FeatureSet, Risk, Row,
-                                           Since, Velocity, Window, adds_amounts, check_table, column, duration, needs, unfitted)
+from .definitions import (ALL, CALENDAR, CORE, EARTH, EXPONENTS, FORGOTTEN, MONEY, Decay, Encoded, Feature, FeatureSet, Risk,
+                                           Row, Since, Velocity, Window, check_columns, column, duration, in_one_currency, need_fitted, needs,
+                                           never_null, refuse_currencies, refuse_nulls)
 
 # %% ../../nbs/20_features/20_spark.ipynb #918f9457
 def _pyspark():
@@ -125,7 +126,7 @@ def _place(of: str) -> str: return _name(f"place:{of}")
 def _ready(features: FeatureSet, payments, labels):
     "payment_id, time:, position:, and category:, number:, place: and known: as the features need them."
     categories, numbers = needs(features)
-    floats = {name for f in features.features if isinstance(f, Velocity) for name in (f.latitude, f.longitude)}
+    floats = {name for f in features.features if isinstance(f, Velocity) for name in f.numbers}
     if any(f.take == "log_amount" for f in features.features): floats.add("amount")
     position = "position" if "position" in payments.columns else "payment_id"
     table = payments.selectExpr(
@@ -315,13 +316,14 @@ def _value(f: Feature, value: str) -> str:
 
 # %% ../../nbs/20_features/20_spark.ipynb #577351cd
 def _row(f: Row) -> str:
+    if f.take == "log_amount": return f"log1p({_place('amount')})"
+    if f.take == "currency_exponent":
+        return "CASE" + "".join(f" WHEN {_category('currency')} = '{code}' THEN {n}" for code, n in EXPONENTS.items()) + " ELSE 2 END"
     local = f"convert_timezone('UTC', {_text(f.zone)}, timestampadd(MICROSECOND, `time:`, TIMESTAMP_NTZ'1970-01-01'))"
-    currency = _category("currency")
-    exponent = "".join(f" WHEN {currency} = '{code}' THEN {n}" for code, n in EXPONENTS.items())
-    return {"hour": f"hour({local})", "night": f"hour({local}) <= 6",
-            "weekday": f"weekday({local}) + 1", "weekend": f"weekday({local}) >= 5",
-            "month_day": f"day({local})", "month_end": f"CAST({local} AS DATE) = last_day({local})",
-            "log_amount": f"log1p({_place('amount')})", "currency_exponent": f"CASE{exponent} ELSE 2 END"}[f.take]
+    part, among = CALENDAR[f.take]
+    number = {"hour": f"hour({local})", "weekday": f"(weekday({local}) + 1)", "day": f"day({local})",
+              "tomorrow": f"day(date_add(CAST({local} AS DATE), 1))"}[part]
+    return f"{number} BETWEEN {among[0]} AND {among[1]}" if among else number
 
 # %% ../../nbs/20_features/20_spark.ipynb #dc353f9f
 def _encoded(f: Encoded, table, name: str):
@@ -345,8 +347,8 @@ def _schema(frame) -> pl.Schema:
 # %% ../../nbs/20_features/20_spark.ipynb #ebb649a6
 def _check(features: FeatureSet, payments, labels):
     "The rules of `check_table`, but for the order; encodings must be fitted."
-    if names := unfitted(features): raise ValueError(f"'{names[0]}' is not fitted: fit(features, payments, labels, until) gives it values.")
-    check_table(features, pl.DataFrame(schema=_schema(payments)))
+    need_fitted(features)
+    check_columns(features, _schema(payments))
     wanted = [("payments", payments, {"payment_id": ""})]
     if _judges(features): wanted.append(("labels", labels, {"payment_id": "", "is_fraud": "boolean", "known_at": "timestamp"}))
     for what, frame, columns in wanted:
@@ -359,18 +361,12 @@ def _check(features: FeatureSet, payments, labels):
 # %% ../../nbs/20_features/20_spark.ipynb #d208b007
 def _check_rows(features: FeatureSet, payments):
     "One pass: no null time, amount, payer or payee that the features read, and no sums over several currencies."
-    read = {"event_time", *sum(needs(features), [])}
-    present = [name for name in ("event_time", "amount", *CORE.values()) if name in read]
-    mixed = [f for f in features.features if adds_amounts(f) and "currency" not in f.entity.split("+") and "currency" in payments.columns]
-    counts = [f"count({name}) AS {name}" for name in present] + ["collect_set(currency) AS currencies"] * bool(mixed)
+    mixed = in_one_currency(features) if "currency" in payments.columns else []
+    present = lambda name: "nullif(CAST(amount AS DOUBLE), double('NaN'))" if name == "amount" else name
+    counts = [f"count({present(name)}) AS {name}" for name in never_null(features)] + ["collect_set(currency) AS currencies"] * bool(mixed)
     seen = payments.selectExpr("count(1) AS payments", *counts).first()
-    for name in present:
-        if nulls := seen["payments"] - seen[name]:
-            raise ValueError(f"{name} is null in {nulls:,} of {seen['payments']:,} payments. Read them through a source, which puts them "
-                             "into quarantine; a source without payers and payees needs a feature set without them.")
-    if mixed and len(currencies := sorted(seen["currencies"])) > 1:
-        raise ValueError(f"'{mixed[0].name}' adds amounts, and the payments are in {', '.join(currencies[:5])}. Use an entity with the "
-                         f"currency, such as '{mixed[0].entity}+currency', or a field with the amount in one currency.")
+    for name in never_null(features): refuse_nulls(name, seen["payments"] - seen[name], seen["payments"])
+    if mixed: refuse_currencies(mixed[0], seen["currencies"])
 
 # %% ../../nbs/20_features/20_spark.ipynb #1132ec4e
 def _entity_values(e: _Entity, table):

@@ -45,15 +45,17 @@ def _depth(tree: dict[str, np.ndarray]) -> int:
 
 # %% ../../nbs/30_models/20_trees.ipynb #1492b06b
 def leaves(
-    weights: Weights,             # from `ensemble`
-    rows: Float32[Array, "B F"],  # finite numbers
-) -> Float32[Array, "B K"]:
+    weights: Weights,                 # from `ensemble`
+    rows: Float32[Array, "... F"],    # finite numbers
+) -> Float32[Array, "... K"]:
     "Value of the leaf that each row reaches in each tree."
-    feature, threshold, child, value, rows = map(jnp.asarray, (*(weights[k] for k in ("feature", "threshold", "child", "value")), rows))
+    feature, threshold, child, value, flat = map(jnp.asarray, (*(weights[k] for k in ("feature", "threshold", "child", "value")), rows))
+    flat = flat.reshape(-1, rows.shape[-1])
     take = lambda array, *at: array.at[at].get(mode="promise_in_bounds")
-    row = jnp.arange(len(rows))[:, None]
+    row = jnp.arange(len(flat))[:, None]
     def step(_, at):
-        above = take(rows, row, take(feature, at)) > take(threshold, at)
+        above = take(flat, row, take(feature, at)) > take(threshold, at)
         return take(child, at, above.astype(jnp.int32))
-    at = jnp.broadcast_to(weights["root"], (len(rows), len(weights["root"])))
-    return take(value, jax.lax.fori_loop(0, weights["depth"], step, at))
+    at = jnp.broadcast_to(weights["root"], (len(flat), len(weights["root"])))
+    found = take(value, jax.lax.fori_loop(0, weights["depth"], step, at))
+    return found.reshape(*rows.shape[:-1], -1)

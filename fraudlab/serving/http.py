@@ -213,7 +213,7 @@ async def _score(request: Request) -> Response:
     state = _ready(request)
     payments, many = state.payments(await read(request, state.limits))
     try: scores = await asyncio.to_thread(state.scorer.score, payments)
-    except Conflict as e: raise Problem(409, "conflict", str(e), "payment_id") from None
+    except Conflict as e: raise Problem(409, "conflict", str(e), e.field) from None
     except Exception as e: raise _failed(e) from None
     bundle = state.scorer.bundle
     scored = [Score(p["payment_id"], s, bundle.model["name"], bundle.version) for p, s in zip(payments, scores, strict=True)]
@@ -235,7 +235,7 @@ async def _labels(request: Request) -> Response:
     state = _ready(request)
     labels, _ = state.labels(await read(request, state.limits))
     try: noted = await asyncio.to_thread(state.scorer.report, labels)
-    except Conflict as e: raise Problem(409, "conflict", str(e), "known_at") from None
+    except Conflict as e: raise Problem(409, "conflict", str(e), e.field) from None
     except Exception as e: raise _failed(e) from None
     return answer(Noted(noted, len(labels) - noted))
 
@@ -285,7 +285,8 @@ OPEN = ("/livez", "/readyz")  # need no key
 _STATUS = {
     400: "Not JSON, or not all of it (`malformed_json`, `incomplete`)", 401: "No API key, or a wrong one (`unauthorized`)",
     403: "The service has no key and was not called locally (`no_key`)", 408: "The body came too slowly (`too_slow`)",
-    409: "It contradicts what is remembered of that payment (`conflict`)", 413: "The body is too large (`too_large`)",
+    409: "It contradicts what is remembered of that payment, or of the currency of earlier ones (`conflict`)",
+    413: "The body is too large (`too_large`)",
     415: "Not application/json (`unsupported_media_type`)", 500: "The service failed (`internal`)",
     503: "Not ready yet (`not_ready`), or its store cannot be reached (`no_state`)",
     422: "A rule is broken, at `error.field`: `missing_field`, `unknown_field`, `repeated_field`, `wrong_type`, `invalid_value`, "

@@ -17,7 +17,7 @@ import polars as pl
 from ..core.runs import text_hash
 from ..features.definitions import ALL, NEVER, FeatureSet, Risk, Window, duration
 from ..features.offline import fraud_known
-from ..features.online import Memory, Online, microseconds, rows_of
+from ..features.online import Memory, Online, OtherCurrency, microseconds, rows_of
 from ..features.stores import Blobs, Result, StoreError, copy, open_store, short, sweeps
 
 # %% ../../nbs/70_serving/10_state.ipynb #67b00791
@@ -28,7 +28,7 @@ class Seen(msgspec.Struct, array_like=True):
 
 class Made(msgspec.Struct, array_like=True):
     "What a state was made for; another model may not go on with it."
-    features: str          # hash of the feature set
+    features: str          # hash of the feature set, and of how the engine lays out a state
     columns: str           # hash of the columns and what was fitted
     history: int           # T
     complete: bool = True  # False while it is being backfilled
@@ -49,7 +49,10 @@ Held = dict[bytes | None, bytes | None]   # blobs by key; None: there is none
 MADE = b"=state"
 
 class Conflict(ValueError):
-    "A payment or label that contradicts what is remembered of that payment."
+    "A payment or label that contradicts what is remembered."
+    def __init__(self, field: str, says: str):
+        super().__init__(says)
+        self.field = field
 
 class State:
     "What is remembered of payers and payees, at the address of a store. Not for several threads at once."
@@ -61,7 +64,7 @@ class State:
         self.features, self.history, self.dtype = FeatureSet.from_dict(bundle.features), bundle.history, history_type(len(bundle.columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
-        self.made = Made(self.features.hash, text_hash(msgspec.json.encode(bundle.columns).decode()), self.history)
+        self.made = Made(self.engine.hash, text_hash(msgspec.json.encode(bundle.columns).decode()), self.history)
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
         _compile(self)
@@ -128,7 +131,8 @@ def see(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Row of `p`, and its payer's strictly earlier ones (time, row), as of its time; from then on `held` remembers it."
     time, mine, key = microseconds(p["event_time"]), _engine_keys(state, p), _history_key(state, p["payer_id"])
-    values, blobs, _ = state.engine.update([held.get(k) for k in mine], p)
+    try: values, blobs, _ = state.engine.update([held.get(k) for k in mine], p)
+    except OtherCurrency: raise Conflict("currency", _CURRENCY) from None
     row = encode(p | dict(zip(state.features.names, values.tolist(), strict=True)))
     past = np.frombuffer(held.get(key) or b"", state.dtype)
     if not _known(state, held, p):
@@ -145,9 +149,12 @@ def _known(state: State, held: Held, p: dict) -> bool:
     "Whether the payment was seen before; raises `Conflict` if it was another one."
     found, n = held[_seen_key(p["payment_id"])], len(COMPARED)
     if found and seen(found).values[:n] != _seen(state, p).values[:n]:
-        raise Conflict("payment_id was used before for a payment with another event_time, payer_id, payee_id or amount: "
-                       "give each payment its own id.")
+        raise Conflict("payment_id", "payment_id was used before for a payment with another event_time, payer_id, payee_id or amount: "
+                                     "give each payment its own id.")
     return found is not None
+
+_CURRENCY = ("currency is another one than that of earlier payments, whose amounts this model adds up: "
+             "send the amount in that currency, or use a model whose features keep currencies apart.")
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
@@ -167,7 +174,7 @@ def _note(state: State, held: Held, x: dict) -> bool:
     if not held[key]: return False
     s = seen(held[key])
     p = _payment(state, s, x["payment_id"])
-    if known_at < p["event_time"]: raise Conflict("known_at is before the payment: give the time at which it became known.")
+    if known_at < p["event_time"]: raise Conflict("known_at", "known_at is before the payment: give the time at which it became known.")
     s.known, mine = known_at if x["is_fraud"] else NEVER, _engine_keys(state, p)
     if any(k not in held for k in mine if k): return False      # seen only just now, by another process
     blobs = state.engine.report([held.get(k) for k in mine], p, known_at if x["is_fraud"] else None)

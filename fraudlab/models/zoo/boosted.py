@@ -23,7 +23,7 @@ def _lightgbm():
     try: import lightgbm
     except OSError as e:
         raise ImportError(f"LightGBM cannot start: {e}. Its wheel needs the system's OpenMP library: apt-get install libgomp1. "
-                          "The models 'logistic', 'forest' and 'history' do without it.") from e
+                          "The models 'logistic', 'forest' and 'decoder' do without it.") from e
     return lightgbm
 
 # %% ../../../nbs/30_models/zoo/boosted.ipynb #b386a04a
@@ -50,17 +50,17 @@ class Boosted(Estimator):
     leaves: int = 15                # of a tree, at most
     smallest_leaf: int = 50         # payments
 
-    def fit(self, inputs: Inputs, labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
+    def fit(self, rows: Float32[np.ndarray, "N F"], labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
         "Grow the trees; equal for equal payments and `seed`, on any number of cores."
         check_labels(labels)
         lightgbm = _lightgbm()
         options = dict(objective="binary", learning_rate=self.learning_rate, num_leaves=self.leaves, min_data_in_leaf=self.smallest_leaf,
                        seed=seed, deterministic=True, force_row_wise=True, use_missing=False, verbosity=-1,
-                       num_threads=0 if inputs.rows.size > 10_000_000 else 1)   # all cores; on a small table they only wait for one another
-        rows = lightgbm.Dataset(inputs.rows.astype(np.float64), labels.astype(np.float64))
-        trees = lightgbm.train(options, rows, self.trees).dump_model()["tree_info"]
+                       num_threads=0 if rows.size > 10_000_000 else 1)   # all cores; on a small table they only wait for one another
+        table = lightgbm.Dataset(rows.astype(np.float64), labels.astype(np.float64))
+        trees = lightgbm.train(options, table, self.trees).dump_model()["tree_info"]
         return ensemble([_flat(tree["tree_structure"]) for tree in trees])
 
-    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B"]:
+    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B T"]:
         "Probability of fraud of each payment."
-        return jax.nn.sigmoid(leaves(weights, inputs.rows).sum(1))
+        return jax.nn.sigmoid(leaves(weights, inputs.rows).sum(-1))

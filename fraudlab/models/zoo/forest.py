@@ -26,15 +26,15 @@ class Forest(Estimator):
     trees: int = 100
     smallest_leaf: int = 1    # payments
 
-    def fit(self, inputs: Inputs, labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
+    def fit(self, rows: Float32[np.ndarray, "N F"], labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
         "Grow the trees, on all cores; equal for an equal `seed`."
         from sklearn.ensemble import RandomForestClassifier
         check_labels(labels)
         forest = RandomForestClassifier(self.trees, min_samples_leaf=self.smallest_leaf, random_state=seed, n_jobs=-1)
-        grown = (tree.tree_ for tree in forest.fit(inputs.rows, labels).estimators_)
+        grown = (tree.tree_ for tree in forest.fit(rows, labels).estimators_)
         return ensemble([dict(feature=t.feature, threshold=t.threshold, left=t.children_left, right=t.children_right,
                               value=t.value[:, 0, 1]) for t in grown])
 
-    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B"]:
+    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B T"]:
         "Probability of fraud of each payment."
-        return leaves(weights, inputs.rows).mean(1)
+        return leaves(weights, inputs.rows).mean(-1)

@@ -17,6 +17,7 @@ from ...core.registry import register
 from ...features.encoding import Column
 from ...features.sequences import Inputs
 from ..contract import Estimator, Weights, check_labels
+from ..embeddings import NUMBERS, places
 
 # %% ../../../nbs/30_models/zoo/logistic.ipynb #749e81d8
 @register("model")
@@ -27,34 +28,34 @@ class Logistic(Estimator):
     inverse_penalty: float = 1.0    # scikit-learn's C: smaller is simpler
     iterations: int = 1000          # at most
 
-    def fit(self, inputs: Inputs, labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
+    def fit(self, rows: Float32[np.ndarray, "N F"], labels: Bool[np.ndarray, "N"], seed: int = 0) -> Weights:
         "Weights from all payments at once; nothing in it is drawn, so `seed` changes nothing."
         from sklearn.compose import make_column_transformer
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import OneHotEncoder
         check_labels(labels)
-        numeric, categorical = _places(self.columns)
-        rows = inputs.rows.astype(np.float64)
+        numeric, ids, cardinality = _places(self.columns)
+        rows = rows.astype(np.float64)
         mean, scale = rows[:, numeric].mean(0), rows[:, numeric].std(0)
         scale[scale == 0] = 1.0                                                   # a constant column: 0 for every payment
         rows[:, numeric] = (rows[:, numeric] - mean) / scale
-        one_hot = OneHotEncoder(categories=[np.arange(self.columns[i].cardinality) for i in categorical])
-        design = make_column_transformer(("passthrough", numeric), (one_hot, categorical)).fit_transform(rows)
+        one_hot = OneHotEncoder(categories=[np.arange(n) for n in cardinality])
+        design = make_column_transformer(("passthrough", numeric), (one_hot, ids)).fit_transform(rows)
         fitted = LogisticRegression(C=self.inverse_penalty, max_iter=self.iterations).fit(design, labels)
         kernel, table = np.split(fitted.coef_[0], [len(numeric)])
         weights = {"fixed.mean": mean, "fixed.scale": scale, "kernel": kernel, "table": table, "bias": fitted.intercept_[0]}
         return {key: np.asarray(value, np.float32) for key, value in weights.items()}
 
-    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B"]:
+    def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B T"]:
         "Probability of fraud of each payment."
-        numeric, categorical = _places(self.columns)
-        scaled = (inputs.rows[:, numeric] - weights["fixed.mean"][None]) / weights["fixed.scale"][None]
-        first = np.cumsum([0, *(self.columns[i].cardinality for i in categorical)])[:-1]     # where each column's values begin in the table
-        places = inputs.rows[:, categorical].astype(jnp.int32) + first[None].astype(np.int32)
-        return jax.nn.sigmoid(scaled @ weights["kernel"] + jnp.asarray(weights["table"])[places].sum(1) + weights["bias"])
+        numeric, ids, cardinality = _places(self.columns)
+        scaled = (inputs.rows[..., numeric] - weights["fixed.mean"][None, None]) / weights["fixed.scale"][None, None]
+        first = np.cumsum([0, *cardinality], dtype=np.int32)[:-1]                            # where each column's values begin in the table
+        entries = inputs.rows[..., ids].astype(jnp.int32) + first[None, None]
+        return jax.nn.sigmoid(scaled @ weights["kernel"] + jnp.asarray(weights["table"])[entries].sum(-1) + weights["bias"])
 
 # %% ../../../nbs/30_models/zoo/logistic.ipynb #6293b974
-def _places(columns: tuple[Column, ...]) -> tuple[np.ndarray, np.ndarray]:
-    "Positions of the numeric and of the categorical columns."
-    kinds = np.array([c.kind for c in columns])
-    return np.flatnonzero(kinds == "numeric"), np.flatnonzero(kinds == "categorical")
+def _places(columns: tuple[Column, ...]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    "Where a row has the numbers, where the ids, and how many values each of these has; texts are not read."
+    ids = ("categorical", "hashed", "entity")
+    return places(columns, *NUMBERS, "calendar"), places(columns, *ids), [c.cardinality for c in columns if c.kind in ids]

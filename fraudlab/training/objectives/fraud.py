@@ -8,22 +8,33 @@ __all__ = ['Fraud']
 # %% ../../../nbs/40_training/objectives/fraud.ipynb #d85e807a
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Float32
 
 from ...core.registry import register
+from ...features.sequences import Inputs
+from ...models.contract import Network, Weights
+from ..objective import Objective, Targets, mean_where
 
 # %% ../../../nbs/40_training/objectives/fraud.ipynb #016406c4
 @register("objective")
 @dataclass(frozen=True)
-class Fraud:
+class Fraud(Objective):
     "Mean cross-entropy over known labels, `-w_y (1 - p_y)^focal log p_y`, where `p_y` is the score of what is true."
     positive_weight: float = 1.0   # w of a fraud; 1 for a genuine payment
     focal: float = 0.0             # 0: plain cross-entropy
+    hide: float = 0.0              # chance that a column of a payment is hidden
+    hide_entities: float = 0.5     # and one of kind `entity`
 
-    def __call__(self, logits: Float32[Array, "B"], labels: Float32[Array, "B"], known: Bool[Array, "B"]) -> Float32[Array, ""]:
-        loss = optax.sigmoid_binary_cross_entropy(logits, labels)
-        if self.focal: loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal)
-        weight, counts = jnp.where(labels > 0, self.positive_weight, 1.0), known.astype(jnp.float32)
-        return (loss * weight * counts).sum() / jnp.maximum(counts.sum(), 1)
+    def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+        chances = [self.hide_entities if c.kind == "entity" else self.hide for c in model.columns]
+        hide = jax.random.bernoulli(key, jnp.array([*chances, 0.]), (*inputs.gap.shape, len(chances) + 1)) if any(chances) else None
+        logits = model.judge(weights, model.hidden(weights, inputs, hide))
+        return mean_where(self.losses(logits, targets.labels), targets.known)
+
+    def losses(self, logits: Float32[Array, "..."], labels: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        "Of each payment."
+        loss = optax.sigmoid_focal_loss(logits, labels, gamma=self.focal) if self.focal else optax.sigmoid_binary_cross_entropy(logits, labels)
+        return loss * jnp.where(labels > 0, self.positive_weight, 1.0).astype(jnp.float32)
