@@ -30,7 +30,7 @@ from fraudlab.features.definitions import (
     check_table,
     column,
     duration,
-)
+)  # fmt: skip
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

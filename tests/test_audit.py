@@ -32,7 +32,7 @@ from fraudlab.features.audit import (
     smallest,
 )
 from fraudlab.features.definitions import Decay, Encoded, FeatureSet, Risk, Row, Since, Velocity, Window, need_fitted, needs
-from fraudlab.features.encoding import Encoding
+from fraudlab.features.encoding import Column, Encoding
 from fraudlab.models.contract import score_all
 from fraudlab.training.loop import fit
 
@@ -228,7 +228,7 @@ def test_rows_that_appear_or_vanish_are_numbers_that_moved():
 
 def test_arrays_name_the_place_that_moved():
     def fitted_on_all(payments, labels):
-        return {"rows": Encoding.fit(payments, [], ["payee_id"]).encode(payments)}
+        return {"rows": Encoding.fit(payments, [Column("payee_id", "categorical")]).encode(payments)}
 
     [leak] = audit(fitted_on_all, SMALL)
     assert leak.column == "rows[0]"

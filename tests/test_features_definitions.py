@@ -6,26 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
-from features_reference import EVERYTHING, MIXED, reference
+from features_reference import EVERYTHING, MIXED, Decay, Encoded, FeatureSet, Risk, Row, Since, Window, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fraudlab.features.definitions import (
-    Decay,
-    Encoded,
-    FeatureSet,
-    Risk,
-    Row,
-    Since,
-    Window,
-    check_table,
-    describe,
-    diff,
-    duration,
-    fit,
-    need_fitted,
-    needs,
-)
+from fraudlab.features.definitions import check_table, describe, diff, duration, fit, need_fitted, needs
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")

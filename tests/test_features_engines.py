@@ -13,7 +13,7 @@ from features_reference import ALL, EVERYTHING, MIXED, SPANS, assert_close, exam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fraudlab.features.definitions import Decay, FeatureSet, Risk, Row, Since, Velocity, Window
+from fraudlab.features.definitions import DAY, Decay, FeatureSet, Risk, Row, Since, Velocity, Window
 from fraudlab.features.offline import Offline, compute, compute_parts
 from fraudlab.features.online import STATUS, Memory, Online, OtherCurrency
 
@@ -79,6 +79,22 @@ def test_parts_of_many_payers_equal_the_whole():
     parts = list(payments.iter_slices(100))
     engine = Offline(EVERYTHING, labels)
     assert_close(pl.concat([engine.add(part) for part in parts]), compute(EVERYTHING, payments, labels))
+
+
+def test_between_parts_only_payments_that_a_window_still_needs_are_held():
+    payments, labels = together(examples(60))
+    engine = Offline(SOME, labels)
+    reach = {"payer": 37, "payer+payee": 7, "device": 7}  # days: the longest delay + length
+    most, seen = dict.fromkeys(reach, 0), 0
+    for part in payments.iter_slices(50):
+        engine.add(part)
+        seen += len(part)
+        for entity, days in reach.items():
+            times = engine.held[entity].E[:, 0]
+            assert (times >= part["event_time"].to_physical()[-1] - days * DAY).all()
+            assert engine.held[entity].starts[-1] == len(times) == len(engine.held[entity].W)
+            most[entity] = max(most[entity], len(times))
+    assert all(0 < n < seen / 2 for n in most.values()), (most, seen)
 
 
 def test_mixed_currencies():

@@ -7,8 +7,11 @@ import numpy as np
 import polars as pl
 
 from fraudlab.features.definitions import FeatureSet
-from fraudlab.features.encoding import Encoding
-from fraudlab.features.sequences import Dataset
+from fraudlab.features.encoding import Column, Encoding
+from fraudlab.features.sequences import Dataset, inputs, plan
+from fraudlab.models.contract import score_all, to_dict
+from fraudlab.models.steps import make_stepper
+from fraudlab.models.zoo.gru import Gru
 from fraudlab.serving.scorer import Scorer
 from fraudlab.serving.state import backfill
 
@@ -23,11 +26,23 @@ def test_payments_of_nobody_have_no_history_online_as_offline():
             "payee_id": [None] * 4,
         },
         {"payment_id": pl.String, "event_time": pl.Datetime("us", "UTC"), "payer_id": pl.String, "payee_id": pl.String},
-    ).with_columns(amount=pl.Series([1.0, 2.0, 3.0, 4.0]))
+    ).with_columns(amount=pl.Series([1.0, 2.0, 3.0, 4.0]), currency=pl.lit("EUR"))
     labels = pl.DataFrame(schema={"payment_id": pl.String, "is_fraud": pl.Boolean, "known_at": pl.Datetime("us", "UTC")})
-    encoding = Encoding.fit(payments, ["amount"])
+    encoding = Encoding.fit(payments, [Column("amount")])
     data = Dataset(encoding.encode(payments), encoding.columns, payments["payer_id"], payments["event_time"])
-    score = lambda inputs: inputs.rows[:, 0] + 100 * inputs.mask.sum(1)  # noqa: E731
-    scorer = Scorer(SimpleNamespace(features=FeatureSet().to_dict(), columns=encoding.to_dict(), history=3, score=score), "sqlite::memory:")
-    assert backfill(scorer.state, payments, labels, data.rows, until=int((start + timedelta(hours=2)).timestamp() * 1e6)) == 2
-    assert scorer.score(payments.tail(2).to_dicts()) == score(data.inputs(np.arange(2, 4), 3)).tolist() == [3.0, 4.0]
+    until = int((start + timedelta(hours=2)).timestamp() * 1e6)
+    about = {"features": FeatureSet().to_dict(), "columns": encoding.to_dict(), "history": 3, "windows": False, "stepper": None}
+
+    scorer = Scorer(
+        SimpleNamespace(**about, score=lambda shown: shown.rows[:, -1, 0] + 100 * (shown.sequence > 0).sum(1)), "sqlite::memory:"
+    )
+    assert backfill(scorer.state, payments, labels, data.rows, until) == 2
+    assert scorer.score(payments.tail(2).to_dicts()) == [103.0, 104.0]  # each is shown itself
+
+    model = Gru(data.columns, width=8, layers=1)
+    weights = model.init(inputs(data, plan(data, np.arange(4), 0, 4), np.arange(1)), 0)
+    stepper = make_stepper("gru", to_dict(model)["options"], data.columns, weights)
+    scorer = Scorer(SimpleNamespace(**about | {"stepper": stepper, "memory": "a hash"}), "sqlite::memory:")
+    assert backfill(scorer.state, payments, labels, data.rows, until) == 2
+    np.testing.assert_allclose(scorer.score(payments.to_dicts()), score_all(model, weights, data, np.arange(4)), atol=1e-6)
+    assert not any(key.startswith(b"=memory=") for page in scorer.state.store.pages() for key, _ in page)

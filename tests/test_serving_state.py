@@ -1,8 +1,11 @@
 """What the service remembers, on every kind of store: all or nothing, by several processes, after labels, and from the offline tables."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -10,10 +13,14 @@ from test_stores import address, redis, server  # noqa: F401
 
 from fraudlab.features import online
 from fraudlab.features.definitions import FeatureSet, Risk, Window
-from fraudlab.features.encoding import Encoding
+from fraudlab.features.encoding import Column, Encoding
 from fraudlab.features.offline import compute
-from fraudlab.features.sequences import Dataset
+from fraudlab.features.sequences import Dataset, inputs, plan
 from fraudlab.features.stores import StoreError, open_store
+from fraudlab.models.contract import Model, score_all, to_dict
+from fraudlab.models.layers import both_ways
+from fraudlab.models.steps import make_stepper
+from fraudlab.models.zoo.decoder import Decoder
 from fraudlab.serving import state as states
 from fraudlab.serving.scorer import Scorer
 from fraudlab.serving.state import Conflict, State, backfill, copy_state
@@ -29,8 +36,27 @@ FEATURES = FeatureSet(
 T, START = 4, datetime(2026, 1, 1, tzinfo=UTC)
 
 
+@dataclass(frozen=True)
+class Total(Model):
+    """Sums up all that a payment is shown: a window of it and `T` earlier ones."""
+
+    columns: tuple[Column, ...]
+    history: int = T
+    windows = True
+
+    def score(self, weights, inputs):
+        shown = both_ways(inputs)[:, 0] & (inputs.sequence > 0)[:, None]
+        values = inputs.rows.sum(2) + inputs.gap / 1e5 + (inputs.time % 86_400).astype(jnp.float32) / 1e4
+        return jnp.einsum("bij,bj->bi", shown.astype(jnp.float32), values)
+
+
+def total(given) -> np.ndarray:
+    """The same of the last token, without JAX."""
+    return ((given.rows.sum(2) + given.gap / 1e5 + given.time % 86_400 / 1e4) * (given.sequence > 0)).sum(1)
+
+
 def made(n=400, days=60):
-    """A bundle that sums up what it is shown, the payments, the labels, the encoded rows and the offline scores."""
+    """Payments, labels, encoded rows, a bundle that sums up what it is shown, and the scores of the table."""
     rng = np.random.default_rng(0)
     times = np.sort(rng.integers(0, days * 24, n)) * 3_600_000_000 + int(START.timestamp() * 1e6)
     payments = pl.DataFrame(
@@ -47,13 +73,11 @@ def made(n=400, days=60):
     known = pl.col("event_time") + pl.duration(hours=pl.Series(rng.integers(1, 24 * 14, n)))
     labels = payments.select("payment_id", is_fraud=pl.Series(rng.random(n) < 0.3), known_at=known)
     frame = payments.join(compute(FEATURES, payments, labels), on="payment_id", maintain_order="left")
-    encoding = Encoding.fit(frame[:200], ["amount", *FEATURES.names])
+    encoding = Encoding.fit(frame[:200], [Column(name) for name in ("amount", *FEATURES.names)])
     data = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
-    score = lambda x: x.rows.sum(1) + (x.history.sum(2) * x.mask).sum(1) + x.elapsed.sum(1) / 1e5  # noqa: E731
-    bundle = SimpleNamespace(features=FEATURES.to_dict(), columns=encoding.to_dict(), history=T, score=score)
-    return SimpleNamespace(
-        bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=score(data.inputs(np.arange(n), T)), times=times
-    )
+    about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "windows": True, "stepper": None}
+    bundle, offline = SimpleNamespace(**about, score=total), score_all(Total(data.columns), {}, data, np.arange(n))
+    return SimpleNamespace(bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=offline, times=times, data=data)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +85,38 @@ def world():
     return made()
 
 
+@pytest.fixture(scope="module")
+def stepping(world):
+    """The same world, scored by the steps of a decoder that looks back less far than payers go."""
+    data = world.data
+    model = Decoder(data.columns, width=16, layers=2, heads=2, key_heads=1, window=8)
+    weights = model.init(inputs(data, plan(data, np.arange(200), 9, 64), np.arange(3)), 0)
+    weights = {k: np.asarray(v) for k, v in weights.items()} | {"judge.bias": np.zeros((), np.float32)}
+    stepper = make_stepper("decoder", to_dict(model)["options"], data.columns, weights)
+    bundle = SimpleNamespace(**vars(world.bundle) | {"stepper": stepper, "memory": "decoder 1", "history": model.history, "score": None})
+    offline = score_all(model, weights, data, np.arange(len(data)))
+    assert offline.std() > 1e-2  # a score moves with what was seen
+    return SimpleNamespace(**vars(world) | {"bundle": bundle, "offline": offline})
+
+
+@pytest.fixture
+def way(request, world, stepping):
+    """A world and how near its online scores are to the offline ones, by how its model reads a payer's past."""
+    alone = SimpleNamespace(**vars(world.bundle) | {"history": 0, "score": lambda shown: shown.rows.sum((1, 2))})
+    rows = SimpleNamespace(**vars(world) | {"bundle": alone, "offline": world.rows.sum(1)})
+    return {"rows": (rows, 1e-4), "windows": (world, 1e-4), "steps": (stepping, 1e-4)}[request.param]
+
+
 def moment(time) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=int(time))
 
 
-def replay(scorer: Scorer, world, start: int, stop: int) -> list[float]:
-    """Scores of the payments from `start` to `stop`, in lists of 1 to 8, with the reports as they come."""
+def replay(scorer: Scorer, world, start: int, stop: int, most: int = 8) -> list[float]:
+    """Scores of the payments from `start` to `stop`, in lists of 1 to `most`, with the reports as they come."""
     rng, at, scores = np.random.default_rng(start), start, []
     reported = moment(world.times[start])
     while at < stop:
-        batch = world.payments[at : min(stop, at + rng.integers(1, 9))].to_dicts()
+        batch = world.payments[at : min(stop, at + rng.integers(1, most + 1))].to_dicts()
         now = batch[-1]["event_time"]  # a report counts from its known_at on, however early it is sent
         due = world.labels.filter(pl.col("is_fraud") & (pl.col("known_at") >= reported) & (pl.col("known_at") < now))
         scorer.report(due.to_dicts())
@@ -80,7 +126,9 @@ def replay(scorer: Scorer, world, start: int, stop: int) -> list[float]:
     return scores
 
 
-def test_backfilled_and_continued_it_gives_the_offline_scores(world, address):  # noqa: F811
+@pytest.mark.parametrize("way", ["rows", "windows", "steps"], indirect=True)
+def test_backfilled_and_continued_it_gives_the_offline_scores(way, address):  # noqa: F811
+    world, near = way
     half = int(np.searchsorted(world.times, world.times[200]))
     state = State(world.bundle, address)
     assert backfill(state, world.payments, world.labels, world.rows, int(world.times[half])) == half
@@ -88,11 +136,85 @@ def test_backfilled_and_continued_it_gives_the_offline_scores(world, address):  
         backfill(state, world.payments, world.labels, world.rows, int(world.times[half]))
     state.close()
     scorer = Scorer(world.bundle, address)
-    np.testing.assert_allclose(replay(scorer, world, half, 300), world.offline[half:300], rtol=1e-6)
+    np.testing.assert_allclose(replay(scorer, world, half, 300), world.offline[half:300], rtol=1e-6, atol=near)
     scorer.state.close()
     again = Scorer(world.bundle, address)  # as if the service had been started anew
-    np.testing.assert_allclose(replay(again, world, 300, 400), world.offline[300:], rtol=1e-6)
+    np.testing.assert_allclose(replay(again, world, 300, 400), world.offline[300:], rtol=1e-6, atol=near)
     again.state.close()
+
+
+def test_what_backfill_leaves_is_what_the_service_would_have_left(stepping, tmp_path):
+    """A payer's memory to the last bit; and the scores, which payments that are sent again get."""
+    live, filled = (Scorer(stepping.bundle, f"sqlite:{tmp_path}/{name}") for name in ("live", "filled"))
+    scores = replay(live, stepping, 0, 400, most=1)
+    backfill(filled.state, stepping.payments, stepping.labels, stepping.rows, int(stepping.times[-1]) + 1)
+    memories = [{k: v for k, v in everything(s).items() if k.startswith(b"=memory=")} for s in (live, filled)]
+    assert memories[0].keys() == memories[1].keys()
+    assert len(memories[0]) == 12
+    assert {len(blob) for blob in memories[0].values()} == {stepping.bundle.stepper.size}
+    assert memories[0] == memories[1]
+    before = everything(filled)
+    np.testing.assert_allclose(filled.score(stepping.payments[380:].to_dicts()), scores[380:], atol=1e-6)
+    assert everything(filled) == before
+
+
+def test_a_payment_sent_again_gets_its_score_and_changes_nothing(stepping, address):  # noqa: F811
+    scorer = Scorer(stepping.bundle, address)
+    payments = stepping.payments[:60].to_dicts()
+    scores = scorer.score(payments)
+    before = everything(scorer)
+    assert scorer.score(payments[10:20]) == scores[10:20]  # though their payers have paid since
+    scorer.report([{"payment_id": "id-11", "is_fraud": True, "known_at": payments[-1]["event_time"]}])
+    assert scorer.score([payments[11]]) == [scores[11]]
+    scorer.report([{"payment_id": "id-11", "is_fraud": False, "known_at": payments[-1]["event_time"]}])
+    scorer.close()
+    scorer = Scorer(stepping.bundle, address)
+    assert scorer.score([payments[5], payments[59], payments[5]]) == [scores[5], scores[59], scores[5]]
+    after = everything(scorer)
+    assert {k for k in after if after[k] != before.get(k)} <= {k for k in after if k.startswith(b"payee=")}  # where the report was
+    scorer.close()
+
+
+def test_payments_of_one_payer_in_one_list_are_as_one_after_the_other(stepping):
+    at, later = START + timedelta(days=90), START + timedelta(days=91)
+    several = [
+        stepping.payments.row(0, named=True) | {"payer_id": "p", "payment_id": name, "event_time": time, "amount": amount}
+        for name, time, amount in (("a", at, 5.0), ("b", at, 150.0), ("c", later, 20.0), ("d", later, 20.0), ("e", later, 21.0))
+    ]
+    apart, together, swapped, alone = (Scorer(stepping.bundle, "sqlite::memory:") for _ in range(4))
+    one_by_one = [score for p in several for score in apart.score([p])]
+    assert together.score(several) == one_by_one
+    assert everything(together) == everything(apart)
+    a, b = swapped.score(several[1::-1])
+    np.testing.assert_allclose([b, a], one_by_one[:2], atol=1e-6)  # of one instant, they do not see one another
+    assert alone.score([several[2]])[0] != one_by_one[2]  # what came before is seen
+    assert one_by_one[2] == one_by_one[3]
+
+
+def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, address):  # noqa: F811
+    scorer = Scorer(stepping.bundle, address)
+    payments, stepper = stepping.payments[:30].to_dicts(), scorer.state.stepper
+    scorer.score(payments[:20])
+    before, left = everything(scorer), iter(range(9))
+
+    def step(memory, row, time):
+        if next(left, None) is None:
+            raise ArithmeticError
+        return stepper.step(memory, row, time)
+
+    scorer.state.stepper = SimpleNamespace(step=step, empty=stepper.empty)
+    with pytest.raises(ArithmeticError):
+        scorer.score(payments[20:])
+    assert next(left, None) is None
+    scorer.state.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty)
+    with pytest.raises(ArithmeticError, match="not a number"):
+        scorer.score(payments[20:21])
+    scorer.state.stepper = stepper
+    with pytest.raises(Conflict):
+        scorer.score([*payments[20:], payments[0] | {"amount": 1.0}])
+    assert everything(scorer) == before
+    np.testing.assert_allclose(scorer.score(payments[20:]), stepping.offline[20:30], atol=1e-4)
+    scorer.close()
 
 
 def test_several_services_share_one_state(world, redis):  # noqa: F811
@@ -159,6 +281,25 @@ def test_what_is_too_old_to_matter_is_let_go(world, monkeypatch):
     assert len(kept) < 1.5 * len(needed) < 400
 
 
+def test_entities_of_which_nothing_counts_are_let_go(world, monkeypatch):
+    monkeypatch.setattr(states, "LOOKS", 16)
+    scorer = Scorer(world.bundle, "sqlite::memory:")
+    scorer.score(world.payments[:100].to_dicts())
+    prefixes = tuple(scorer.state.engine.prefixes)
+    entities = lambda: {key for key in everything(scorer) if key.startswith(prefixes)}  # noqa: E731
+    assert len(entities()) > 50
+    end = world.payments["event_time"][-1] + timedelta(days=100)
+    recent = world.payments.row(0, named=True) | {"payment_id": "r", "payer_id": "recent", "payee_id": "shop", "device": "phone"}
+    recent["event_time"] = end - timedelta(days=20)
+    scorer.score([recent])
+    for i in range(120):
+        last = recent | {"payment_id": str(i), "payer_id": "last", "payee_id": "bar", "device": "web", "event_time": end}
+        scorer.score([last])
+    kept = {b"payee=shop", b"payer+payee=recent\x1fshop"}  # in windows of 22 and 30 days; not the payer's of 7, the device's of 3
+    assert entities() == kept | set(scorer.state.engine.keys(last))
+    scorer.close()
+
+
 def test_a_state_of_another_model_or_half_a_state_is_refused(world, tmp_path, monkeypatch):
     address = f"lmdb:{tmp_path}/state"  # noqa: F811
     State(world.bundle, address).close()
@@ -172,6 +313,22 @@ def test_a_state_of_another_model_or_half_a_state_is_refused(world, tmp_path, mo
     state.close()
     with pytest.raises(StoreError, match="its backfill was interrupted"):
         State(world.bundle, address)
+
+
+def test_memories_of_another_model_and_older_states_are_refused(stepping, world, tmp_path):
+    address = f"sqlite:{tmp_path}/state"  # noqa: F811
+    State(stepping.bundle, address).close()
+    with pytest.raises(StoreError, match=r"memories of payers are those of another model, or of other weights\. Delete it and backfill"):
+        State(SimpleNamespace(**vars(stepping.bundle) | {"memory": "decoder 2"}), address)
+    with pytest.raises(StoreError, match="was made for other features, columns or another length"):
+        State(world.bundle, address)
+    State(stepping.bundle, address).close()
+    old = open_store(f"sqlite:{tmp_path}/old")
+    state = State(world.bundle, "sqlite::memory:")
+    old.put_many([(b"=state", msgspec.msgpack.encode([state.made.features, state.made.columns, T, True]))])  # as it was before memories
+    old.close()
+    with pytest.raises(StoreError, match=r"made by another version of fraudlab\. Delete it and backfill"):
+        State(world.bundle, f"sqlite:{tmp_path}/old")
 
 
 def test_a_payment_in_another_currency_is_a_conflict_after_a_restart_too(world, address):  # noqa: F811

@@ -11,6 +11,8 @@ from fraudlab.data.contract import Field
 from fraudlab.features.definitions import FeatureSet, Row, Window
 from fraudlab.features.encoding import Column
 from fraudlab.governance.signing import Keys, create_key
+from fraudlab.models.contract import Model
+from fraudlab.models.layers import causal
 from fraudlab.serving.bundle import write
 
 FEATURES = FeatureSet(
@@ -32,14 +34,16 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Model):
     """A logistic model of the payment and the sum of its payer's latest ones."""
 
     columns: tuple[Column, ...] = COLUMNS
     history: int = 3
 
     def score(self, weights, inputs):
-        earlier = jnp.where(inputs.mask, inputs.history @ weights["earlier"], 0).sum(1)
+        itself = jnp.eye(inputs.gap.shape[1], dtype=bool)[None]
+        seen = (causal(inputs, self.history + 1)[:, 0] & ~itself).astype(jnp.float32)
+        earlier = jnp.einsum("bij,bj->bi", seen, inputs.rows @ weights["earlier"])
         return jax.nn.sigmoid(inputs.rows @ weights["now"] + earlier + weights["bias"])
 
 

@@ -19,7 +19,7 @@ import polars as pl
 from ..data.contract import TIME, Field
 from ..data.splits import Fold
 from .definitions import UNITS, FeatureSet, Risk, duration, fit, need_fitted
-from .encoding import Encoding
+from .encoding import fit_encoding
 from .offline import compute
 from .sequences import Dataset
 
@@ -428,8 +428,7 @@ def encoded(
     "All payments, encoded."
     computed = feature_subject(features, until)(payments, labels)
     frame = payments.join(computed, "payment_id", "left", maintain_order="left")
-    numeric = ["amount", *(f.name for f in fields if f.kind in ("numeric", "boolean")), *features.names]
-    fitted = Encoding.fit(frame.filter(pl.col("event_time") < until), numeric, [f.name for f in fields if f.kind == "categorical"])
+    fitted = fit_encoding(frame.filter(pl.col("event_time") < until), fields, features.names)
     return Dataset(fitted.encode(frame), fitted.columns, payments["payer_id"], payments["event_time"])
 
 def input_subject(features: FeatureSet, fields: tuple[Field, ...], until: datetime, history: int) -> Subject:

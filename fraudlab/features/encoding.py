@@ -80,7 +80,7 @@ def _column(name: str, asked: str | dict, kinds: tuple[str, ...]) -> Column:
     defaults = {"size": SIZES.get(options["kind"], 0), "width": GRAMS if options["kind"] == "text" else 1}
     return Column(name, **defaults | options)
 
-# %% ../../nbs/20_features/50_encoding.ipynb #a4194fcf
+# %% ../../nbs/20_features/50_encoding.ipynb #935af5a8
 LARGEST = 1e38     # float32 holds a little more
 HOUR, DAY = 3600, 86_400
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)    # a Thursday
@@ -94,27 +94,27 @@ def _expression(c: Column) -> pl.Expr:
     factor = pl.col("currency").replace_strict([k for k, _ in c.scales], [v for _, v in c.scales], default=1.0, return_dtype=pl.Float64)
     return value.cast(pl.Float64) * factor.fill_null(1.0)
 
-def _number(c: Column) -> Callable[[dict], float | None]:
-    "The same of one payment."
+def _number(c: Column) -> Callable[[object, dict], float]:
+    "The same from the value, not missing, of one payment."
     factors = dict(c.scales)
-    if c.kind == "calendar": number = lambda value, p: (_instant(value) // 1_000_000 + 3 * DAY) % (7 * DAY) / HOUR
-    elif c.kind == "age": number = lambda value, p: float(_instant(p["event_time"]) - _instant(value)) / (1e6 * HOUR)
-    elif factors: number = lambda value, p: float(value) * factors.get(p["currency"], 1.0)
-    else: number = lambda value, p: float(value)
-    return lambda p: None if (value := p.get(c.name)) is None else number(value, p)
+    if c.kind == "calendar": return lambda value, p: (_instant(value) // 1_000_000 + 3 * DAY) % (7 * DAY) / HOUR
+    if c.kind == "age": return lambda value, p: float(_instant(p["event_time"]) - _instant(value)) / (1e6 * HOUR)
+    return (lambda value, p: float(value) * factors.get(p["currency"], 1.0)) if factors else lambda value, p: float(value)
 
 def _instant(time: datetime | int) -> int:
     "Microseconds since 1970; a time without a zone is in UTC."
     return time if time.__class__ is int else ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
 
-# %% ../../nbs/20_features/50_encoding.ipynb #08272fab
+# %% ../../nbs/20_features/50_encoding.ipynb #5f26eae4
 def _filled(c: Column, value: pl.Expr) -> pl.Expr:
     return pl.when(value.is_finite()).then(value.clip(-LARGEST, LARGEST)).otherwise(c.fill).cast(pl.Float32).alias(c.name)
 
-def _filled_one(c: Column, number: Callable[[dict], float | None]) -> Callable[[dict], list[float]]:
-    def read(p: dict) -> list[float]:
-        value = number(p)
-        return [c.fill if value is None or not math.isfinite(value) else min(max(value, -LARGEST), LARGEST)]
+def _filled_one(c: Column) -> Callable[[dict], tuple[float]]:
+    name, number, missing = c.name, _number(c), (c.fill,)
+    def read(p: dict) -> tuple[float]:
+        value = p.get(name)
+        if value is None or not math.isfinite(value := number(value, p)): return missing
+        return (min(max(value, -LARGEST), LARGEST),)
     return read
 
 # %% ../../nbs/20_features/50_encoding.ipynb #331f7d9b
@@ -173,8 +173,8 @@ class Encoding:
         return np.array([number for read in self._readers for number in read(payment)], np.float32)
 
     @cached_property
-    def _readers(self) -> list[Callable[[dict], list[float]]]:
-        return [_ids_one(c) if c.kind in IDS else _filled_one(c, _number(c)) for c in self.columns]
+    def _readers(self) -> list[Callable[[dict], Iterable[float]]]:
+        return [_ids_one(c) if c.kind in IDS else _filled_one(c) for c in self.columns]
 
     def to_dict(self) -> list[dict]: return [asdict(c) for c in self.columns]
 

@@ -16,7 +16,8 @@ import polars as pl
 from numba import njit
 from tqdm import tqdm
 
-from .definitions import CALENDAR, EXPONENTS, NEVER, Encoded, FeatureSet, Risk, Row, check_table, column, need_fitted, over_nothing
+from .definitions import (CALENDAR, EXPONENTS, NEVER, Encoded, FeatureSet, Risk, Row, check_table, column, need_fitted,
+                                           over_nothing)
 from .kernels import NULL, WIDTH, Plan, compiled, offline_source, plans, whole
 
 # %% ../../nbs/20_features/10_offline.ipynb #19bfc345
@@ -41,7 +42,8 @@ class Codes:
 def dense(frame: pl.DataFrame, names: list[str]) -> tuple[np.ndarray, int]:
     "As `Codes`, for one table: integers from 0 to not much more than there are rows are codes already."
     key = frame[names[0]]
-    if len(names) > 1 or not key.dtype.is_integer() or (key.min() or 0) < 0 or (key.max() or 0) > 2 * len(key) + 1_000: return Codes(names)(frame)
+    few = len(names) == 1 and key.dtype.is_integer() and (key.min() or 0) >= 0 and (key.max() or 0) <= 2 * len(key) + 1_000
+    if not few: return Codes(names)(frame)
     codes = key.cast(pl.UInt32).fill_null(NOBODY) if key.null_count() else key
     return codes.to_numpy(), (key.max() or 0) + 1
 
@@ -80,8 +82,8 @@ def _columns(plan: Plan, payments: pl.DataFrame, known: np.ndarray | None) -> li
     "For each integer of an event, its column as it is in the table, and how it becomes one."
     same, bits = lambda x: x, lambda x: np.ascontiguousarray(x).view(np.int64)
     real = lambda name: payments[name].cast(pl.Float64).to_numpy()
-    made = [(payments["event_time"].to_physical().to_numpy(), same), *((real(n), whole) for n in plan.numbers), *((real(n), bits) for n in plan.floats)]
-    return made + ([(known, same)] if plan.risk else [])
+    return [(payments["event_time"].to_physical().to_numpy(), same), *((real(n), whole) for n in plan.numbers),
+            *((real(n), bits) for n in plan.floats), *([(known, same)] if plan.risk else [])]
 
 # %% ../../nbs/20_features/10_offline.ipynb #535e6834
 def _reports(known: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,7 +127,7 @@ class _Buffers:
 
 # %% ../../nbs/20_features/10_offline.ipynb #6a714085
 class _Part:
-    "One entity's payments in a part of a table, side by side: `E` integers, `W` categories, entity `e` from `starts[e]`, new ones from `begin[e]`."
+    "Payments of a part, entity by entity: `E` integers, `W` categories; of entity `e` from `starts[e]` on, new ones from `begin[e]` on."
 
     def __init__(self, code: np.ndarray, size: int, integers: list, categories: list, log, buffers: _Buffers, pool):
         cuts = np.linspace(0, len(code), pool._max_workers + 1).astype(int)
@@ -161,7 +163,8 @@ class _Part:
     def deal(self, out: np.ndarray):
         "The records to `out` [K, M], in the order of the table."
         records = self.records.reshape(-1)
-        list(self.pool.map(lambda s, cursor: _deal_out(self.code[s[0]:s[1]], cursor.copy(), records, out[:, s[0]:s[1]]), self.stretches, self.cursors))
+        work = lambda s, cursor: _deal_out(self.code[s[0]:s[1]], cursor.copy(), records, out[:, s[0]:s[1]])
+        list(self.pool.map(work, self.stretches, self.cursors))
 
 # %% ../../nbs/20_features/10_offline.ipynb #f61f82c9
 @njit(nogil=True)
@@ -193,14 +196,16 @@ class Offline:
         self.codes, self.held, self.last = {}, {}, None
 
     def add(self, payments: pl.DataFrame) -> pl.DataFrame:
-        "`payment_id` and one Float32 column a feature, a row a payment. Raises `ValueError` for payments that break the rules of `check_table`."
+        "`payment_id` and one Float32 column a feature, a row a payment. Raises `ValueError` as `check_table` does."
         check_table(self.features, payments)
         times = payments["event_time"].to_physical()
-        if self.last is not None and len(times) and times[0] < self.last: raise ValueError("This part of the table begins before the last one ended: give the parts in time order.")
+        if self.last is not None and len(times) and times[0] < self.last:
+            raise ValueError("This part of the table begins before the last one ended: give the parts in time order.")
         known = fraud_known(payments, self.labels) if any(isinstance(f, Risk) for f in self.features.features) else None
         names = [self.features.names[k] for looped in self.plans.values() for group, *_ in looped for k in group.places]
         out, coded, buffers, at = np.empty((len(names), len(payments)), np.float32), {}, _Buffers(), 0
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, tqdm(total=len(names), disable=not self.progress, unit=" features", desc="features") as bar:
+        bar = tqdm(total=len(names), disable=not self.progress, unit=" features", desc="features")
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, bar:
             for plan in self.plans if len(payments) else ():
                 for part, group in self._records(plan, payments, known, coded, buffers, pool):
                     part.deal(out[at:at + len(group.features)])
@@ -208,8 +213,8 @@ class Offline:
                     bar.update(len(group.features))
         if len(times): self.last = times[-1]
         looped = dict(zip(names, out, strict=True))
-        columns = [pl.Series(f.name, looped[f.name]) if f.name in looped else alone(f).cast(pl.Float32).alias(f.name) for f in self.features.features]
-        return payments.select("payment_id", *columns)
+        made = lambda f: pl.Series(f.name, looped[f.name]) if f.name in looped else alone(f).cast(pl.Float32).alias(f.name)
+        return payments.select("payment_id", *map(made, self.features.features))
 
 # %% ../../nbs/20_features/10_offline.ipynb #ba6aea5e
 def _loop(group: Plan):
@@ -235,7 +240,8 @@ def _share_codes(self: Offline, plan: Plan, payments: pl.DataFrame, coded: dict)
 Offline._share_codes = _share_codes
 
 # %% ../../nbs/20_features/10_offline.ipynb #5e595a8d
-def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarray | None, coded: dict, buffers: _Buffers, pool) -> Iterator[tuple]:
+def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarray | None, coded: dict, buffers: _Buffers,
+             pool) -> Iterator[tuple]:
     "For each group of features of one entity: the part, whose records hold them, and the group."
     code, size = self._code(tuple(plan.entity.split("+")), payments, coded)
     nobody = np.flatnonzero(code == NOBODY)
@@ -255,8 +261,8 @@ def _records(self: Offline, plan: Plan, payments: pl.DataFrame, known: np.ndarra
             last = np.full((len(loop.tables), most), -1, np.int64)
             run(part.E, F, part.W, shares, part.starts, part.begin, *share, *reports, last, S, S.view(np.float64), until, part.records)
         list(pool.map(work, part.shares()))
-        for place, f in enumerate(group.features):
-            if getattr(f, "closed", "") == "right": part.records[part.starts[size]:, place] = over_nothing(f)   # nobody's windows hold not even themselves
+        for place, f in enumerate(group.features):      # nobody's windows hold not even the payment itself
+            if getattr(f, "closed", "") == "right": part.records[part.starts[size]:, place] = over_nothing(f)
         states.append(S)
         yield part, group
     if self.carry: self.held[plan.entity] = _kept(part, size, states, [loop for _, loop, _ in self.plans[plan]])
@@ -275,7 +281,8 @@ def _kept(part: _Part, size: int, states: list[np.ndarray], loops: list) -> _Hel
     keep, states = n.copy(), [S[:size] for S in states]
     places = [[k for k, v in enumerate(loop.state) if v in loop.fronts or loop.spans.get(v, (0, None))[1] is not None] for loop in loops]
     for S, columns in zip(states, places, strict=True): keep = np.minimum(keep, S[:, columns].min(1, initial=2**62))
-    for S, loop in zip(states, loops, strict=True): S[:, [k for k, start in enumerate(loop.state.values()) if start == "first"]] -= keep[:, None]
+    for S, loop in zip(states, loops, strict=True):
+        S[:, [k for k, start in enumerate(loop.state.values()) if start == "first"]] -= keep[:, None]
     starts = np.concatenate([[0], np.cumsum(n - keep)])
     E, W = np.empty((starts[-1], part.E.shape[1]), np.int64), np.empty((starts[-1], part.W.shape[1]), np.uint32)
     _keep(part.E, part.W, old + keep, E, W, starts)
@@ -294,9 +301,11 @@ def alone(f: Row | Encoded) -> pl.Expr:
     "A feature that reads only its payment."
     if isinstance(f, Encoded):
         number = pl.col(column(f.of)).cast(pl.String).replace_strict(dict(f.values), default=f.unseen, return_dtype=pl.Float64)
-        return pl.when(pl.col("event_time").to_physical() >= f.fitted_until).then(number).otherwise(float("nan") if f.empty is None else f.empty)
+        empty = float("nan") if f.empty is None else f.empty
+        return pl.when(pl.col("event_time").to_physical() >= f.fitted_until).then(number).otherwise(empty)
     if f.take == "log_amount": return pl.col("amount").log1p()
-    if f.take == "currency_exponent": return pl.col("currency").cast(pl.String).replace_strict(EXPONENTS, default=2, return_dtype=pl.Float64)
+    currency = pl.col("currency").cast(pl.String)
+    if f.take == "currency_exponent": return currency.replace_strict(EXPONENTS, default=2, return_dtype=pl.Float64)
     clock, (part, among) = pl.col("event_time").dt.convert_time_zone(f.zone).dt, CALENDAR[f.take]
     tomorrow = clock.date().dt.offset_by("1d").dt.day()
     number = {"hour": clock.hour(), "weekday": clock.weekday(), "day": clock.day(), "tomorrow": tomorrow}[part]
@@ -318,6 +327,6 @@ def compute_parts(
     labels: pl.DataFrame,
     progress: bool = False,
 ) -> Iterator[pl.DataFrame]:
-    "The same for a table that is larger than memory, part by part; held beside a part: payments that are still in a window, and a state an entity."
+    "The same for a table larger than memory, part by part; held beside a part: payments that are still in a window, and a state an entity."
     engine = Offline(features, labels)
     for part in tqdm(parts, disable=not progress, unit=" parts"): yield engine.add(part)

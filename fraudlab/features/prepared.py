@@ -17,7 +17,7 @@ from ..data import lake
 from ..data.contract import Field, Tables
 from ..data.splits import Fold
 from .definitions import FeatureSet, fit
-from .encoding import Encoding
+from .encoding import Encoding, choose, fit_encoding
 from .offline import compute
 from .sequences import Dataset
 
@@ -27,14 +27,14 @@ def prepare(
     tables: Tables,         # from a source
     features: FeatureSet,
     fold: Fold,             # positions of the training and test rows
+    encodings: dict = {},   # where a column's encoding is not what follows from its declaration: `features.encoding.choose`
 ) -> dict:
     "Write payments, labels, quarantined rows and features to the lake; returns the references and definitions that `read` takes."
+    choose(tables.fields, features.names, encodings)    # refuses a wrong one before the work
     features = fit(features, tables.payments, tables.labels, fold.train_start)   # encodings, on the time before the training period
     computed = compute(features, tables.payments, tables.labels).with_columns(_parts(fold, len(tables.payments)))
-    numeric = ["amount", *(f.name for f in tables.fields if f.kind in ("numeric", "boolean")), *features.names]
-    categorical = [f.name for f in tables.fields if f.kind == "categorical"]
     training = tables.payments[fold.train].join(computed[fold.train], on="payment_id", how="left", maintain_order="left")
-    encoding = Encoding.fit(training, numeric, categorical)
+    encoding = fit_encoding(training, tables.fields, features.names, encodings)
     written = {"payments": tables.payments, "labels": tables.labels, "features": computed, "quarantined": tables.quarantined}
     return {"tables": {part: [f"{name}/{part}", lake.write(f"{name}/{part}", frame)] for part, frame in written.items()},
             "features": features.to_dict(), "columns": encoding.to_dict(), "fields": [_plain(f) for f in tables.fields], "entities": tables.entities,

@@ -139,7 +139,7 @@ def plan(
         return out
     chosen = np.zeros(len(data), bool)
     chosen[places] = True
-    scored = (step == lengths[sequence] - 1) if windows else chosen[at]
+    scored = (step == lengths[sequence] - 1) if windows else chosen[at] & (at > np.append(-1, last)[sequence])    # and not as context again
     number = _numbers(row, begin)
     return Plan(spread(at, -1, np.int64), spread(number[sequence], 0, np.int32), spread(np.where(seen < begin[sequence], -1, seen), -1, np.int32),
                 spread(scored, False, bool))

@@ -52,6 +52,12 @@ class Estimator(Model):
         "Weights learned from `N` payments and whether each is a fraud."
         raise NotImplementedError(f"{type(self).__name__} has no fit(rows, labels, seed).")
 
+    def fit_on(
+        self, dataset: Dataset, positions: Int[np.ndarray, "N"], labels: Bool[np.ndarray, "N"], seed: int, start: Weights | None = None,
+    ) -> Weights:
+        "The same on payments of `dataset`; `start` are weights of a network, for a model that stands on one."
+        return self.fit(dataset.rows[positions], labels, seed)
+
 # %% ../../nbs/30_models/00_contract.ipynb #254f22ba
 class Network(Model):
     "A model that is trained by gradients."

@@ -56,18 +56,17 @@ def rotate(heads: Float32[Array, "B T H d"], turns: Float32[Array, "B T P"]) -> 
 class Attention(nnx.Module):
     "Attention with `H` heads that ask and `K` that answer: `[B, T, D]` to `[B, T, D]`."
 
-    def __init__(self, width: int, heads: int, key_heads: int, kept: str = "float32", *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, key_heads: int, *, rngs: nnx.Rngs):
         if width % (2 * heads) or heads % key_heads:
             raise ValueError(f"width = {width}, heads = {heads}, key_heads = {key_heads}: make width a multiple of 2 × heads, and heads one of key_heads.")
-        self.heads, self.key_heads, self.kept = heads, key_heads, jnp.dtype(kept)
+        self.heads, self.key_heads = heads, key_heads
         linear = lambda heads: nnx.Linear(width, width // self.heads * heads, use_bias=False, rngs=rngs)
         self.query, self.key, self.value, self.out = (linear(h) for h in (heads, key_heads, key_heads, heads))
 
     def __call__(self, tokens: Float32[Array, "B T D"], turned: Float32[Array, "B T P"], visible: Bool[Array, "B 1 T T"]) -> Float32[Array, "B T D"]:
         split = lambda x, heads: x.reshape(*x.shape[:2], heads, -1)
         query, key = rotate(split(self.query(tokens), self.heads), turned), rotate(split(self.key(tokens), self.key_heads), turned)
-        as_kept = lambda x: x.astype(self.kept).astype(x.dtype)
-        mixed = jax.nn.dot_product_attention(query, as_kept(key), as_kept(split(self.value(tokens), self.key_heads)), mask=visible)
+        mixed = jax.nn.dot_product_attention(query, key, split(self.value(tokens), self.key_heads), mask=visible)
         return self.out(mixed.reshape(tokens.shape))
 
 # %% ../../nbs/30_models/10_layers.ipynb #eba33c7b
@@ -85,9 +84,9 @@ class Gated(nnx.Module):
 class Block(nnx.Module):
     "One pre-normalised block: `[B, T, D]` to `[B, T, D]`."
 
-    def __init__(self, width: int, heads: int, key_heads: int, kept: str = "float32", *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, key_heads: int, *, rngs: nnx.Rngs):
         self.before_attention, self.before_gated = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
-        self.attention, self.gated = Attention(width, heads, key_heads, kept, rngs=rngs), Gated(width, rngs=rngs)
+        self.attention, self.gated = Attention(width, heads, key_heads, rngs=rngs), Gated(width, rngs=rngs)
 
     def __call__(self, tokens: Float32[Array, "B T D"], turned: Float32[Array, "B T P"], visible: Bool[Array, "B 1 T T"]) -> Float32[Array, "B T D"]:
         tokens = tokens + self.attention(self.before_attention(tokens), turned, visible)
@@ -153,11 +152,10 @@ class Transformer(nnx.Module):
     def __init__(self,
         columns: tuple[Column, ...], width: int, layers: int, heads: int, key_heads: int, pieces: int, numbers: str,
         window: int | None,     # causal: payments that a token looks at; None: a token looks at all of its sequence
-        kept: str = "float32",  # type of keys and values
         *, rngs: nnx.Rngs,
     ):
         self.embed = FieldEmbedding((*columns, ELAPSED), pieces, width, numbers=numbers, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, key_heads, kept, rngs=rngs) for _ in range(layers)])
+        self.blocks = nnx.List([Block(width, heads, key_heads, rngs=rngs) for _ in range(layers)])
         self.norm, self.pairs, self.window = nnx.RMSNorm(width, rngs=rngs), width // heads // 2, window
 
     def __call__(self, inputs: Inputs, hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T D"]:

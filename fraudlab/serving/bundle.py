@@ -221,7 +221,7 @@ def _read(folder: Path, name: str, hashes: dict[str, str]) -> bytes:
 # %% ../../nbs/70_serving/00_bundle.ipynb #b22955ee
 def example(bundle: Bundle) -> dict:
     "A payment as a caller would send it, with values that the model knows."
-    known = {c["name"]: c["fill"] if c["kind"] == "numeric" else next(iter(c["vocabulary"]), None) for c in bundle.columns}
+    known = {c["name"]: c["fill"] if c["kind"] in ("numeric", "amount") else next(iter(c["vocabulary"]), None) for c in bundle.columns}
     ids = {"payer_id": "example-payer", "payee_id": "example-payee"} if bundle.entities else {}
     shown = [f["name"] for f in bundle.fields if f["kind"] in ("numeric", "categorical") and not f["personal"]]
     declared = {f["name"]: known.get(f["name"]) if f["name"] in shown else None for f in bundle.fields}

@@ -32,9 +32,9 @@ from .objective import Objective, Targets
 class Recipe:
     "How a network is trained: AdamW with warm-up and cosine decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."
     epochs: int = 4
-    tokens: int = 4096             # a step: `tokens / room` rows
-    room: int = 128                # T: tokens in a row
-    context: int = 64              # earlier payments before the first that is learned from
+    tokens: int = 2048             # a step: `tokens / room` rows
+    room: int = 64                 # T: tokens in a row
+    context: int = 15              # earlier payments before the first that is learned from
     learning_rate: float = 3e-3    # at its highest
     weight_decay: float = 0.01     # of matrices; vectors are left alone
     warmup: float = 0.05           # share of all steps
@@ -136,7 +136,7 @@ def train(
     start: Weights | None, checkpoints: Path | None, log: Callable[[int, dict[str, float]], None] | None, progress: bool,
 ) -> Weights:
     "Weights of a network after all steps; arguments as for `fit`."
-    planned = plan(dataset, positions, recipe.context, recipe.room, model.windows)
+    planned = plan(dataset, positions, recipe.context, recipe.room, model.windows and not objective.whole)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
     known, truth = labels.is_not_null().to_numpy(), labels.fill_null(False).to_numpy().astype(np.float32)
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)
@@ -183,7 +183,7 @@ def fit(
     objective: Objective | None = None,     # of networks: from `training/objectives`, such as `Fraud()`
     recipe: Recipe = Recipe(),              # of networks
     seed: int = 0,                          # an equal seed gives equal weights
-    start: Weights | None = None,           # of networks: weights to go on from, such as those of a pre-training
+    start: Weights | None = None,           # to go on from, such as those of a pre-training; of late_fusion: its network's
     checkpoints: Path | str | None = None,  # of networks: a folder; the same call on the same folder goes on where the last one was stopped
     log: Callable[[int, dict[str, float]], None] | None = None,   # of networks: called with step and figures every `log_every` steps
     progress: bool = True,                  # of networks: whether to show a bar on standard error
@@ -195,7 +195,7 @@ def fit(
     known = positions[labels.is_not_null().to_numpy()[positions]]
     truth = labels[known].to_numpy()
     check_labels(truth)
-    if isinstance(model, Estimator): return model.fit(dataset.rows[known], truth, seed)
+    if isinstance(model, Estimator): return model.fit_on(dataset, known, truth, seed, start)
     if objective is None:
         raise ValueError(f"{type(model).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
     return train(model, dataset, positions, labels, objective, recipe, seed, start, checkpoints, log, progress)

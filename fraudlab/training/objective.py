@@ -6,7 +6,7 @@
 __all__ = ['Targets', 'Objective', 'mean_where']
 
 # %% ../../nbs/40_training/00_objective.ipynb #0b100003
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class Targets(NamedTuple):
 # %% ../../nbs/40_training/00_objective.ipynb #0b100006
 class Objective:
     "What the plug-ins of `nbs/40_training/objectives` have in common: frozen dataclasses, registered by name."
+    whole: ClassVar[bool] = False   # it learns from whole sequences, of models that read windows too
 
     def init(self, model: Network, seed: int) -> Weights:
         "Weights of layers that only this objective needs, under `head.`; they are not part of the model that is kept."

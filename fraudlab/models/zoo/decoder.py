@@ -24,13 +24,12 @@ class Decoder(ModuleNetwork):
     layers: int = 2
     heads: int = 4           # that ask
     key_heads: int = 2       # that answer
-    window: int = 64         # payments that a token looks at, itself included
+    window: int = 16         # payments that a token looks at, itself included
     pieces: int = 16         # intervals in which a number is given
     numbers: str = "pieces"  # how a number is given: pieces, periodic or both
-    kept: str = "bfloat16"   # type of the keys and values that are kept
 
     @property
     def history(self) -> int: return self.layers * (self.window - 1)
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        return Transformer(self.columns, self.width, self.layers, self.heads, self.key_heads, self.pieces, self.numbers, self.window, self.kept, rngs=rngs)
+        return Transformer(self.columns, self.width, self.layers, self.heads, self.key_heads, self.pieces, self.numbers, self.window, rngs=rngs)
