@@ -70,14 +70,19 @@ def test_no_registered_feature_set_sees_the_future(name):
 CHEAP = {
     "boosted": {"trees": 10, "smallest_leaf": 5},
     "forest": {"trees": 5},
-    "history": {"history": 4, "width": 8, "layers": 1, "heads": 1, "pieces": 4},
+    "decoder": {"width": 8, "layers": 1, "heads": 2, "key_heads": 1, "window": 8, "pieces": 4},
+    "encoder": {"width": 8, "layers": 1, "heads": 2, "pieces": 4},
+    "gru": {"width": 8, "pieces": 4},
+    "late_fusion": {"base_options": {"width": 8, "layers": 1, "heads": 2, "key_heads": 1, "pieces": 4}, "trees": 10, "smallest_leaf": 5},
+    "recurrent": {"width": 8, "layers": 1, "pieces": 4},
+    "seq2seq": {"width": 8, "layers": 1, "heads": 2, "pieces": 4},
 }
 
 
 @pytest.mark.parametrize("model", sorted(discover("model")))
 def test_no_registered_model_sees_the_future(model):
     features = FeatureSet((Window("ratio", "payer", "ratio", "30d"), Risk("risk", "payee", "rate", "7d", delay="1d", empty=0.0)))
-    subject = model_subject(model, features, SMALL, UNTIL, CHEAP.get(model, {}), {"epochs": 1, "batch": 512})
+    subject = model_subject(model, features, SMALL, UNTIL, CHEAP.get(model, {}), {"epochs": 1})
     assert audit(subject, SMALL, model, cuts=1, tolerance=1e-5) == []  # everything differs from the first scored payment on
 
 

@@ -15,7 +15,7 @@ from tiny_bundle import COLUMNS, FEATURES, Linear, tiny_bundle, tiny_weights
 from fraudlab.core.registry import resolve
 from fraudlab.features.sequences import Inputs, inputs, plan
 from fraudlab.governance.signing import Refused, create_key, sign, write_manifest
-from fraudlab.models.contract import EVERYTHING, example, score_all
+from fraudlab.models.contract import EVERYTHING, Estimator, example, score_all
 from fraudlab.serving import bundle as bundles
 from fraudlab.serving.bundle import load, tokens_of, write
 
@@ -147,11 +147,13 @@ def fresh(name: str):
     """A data set, and a model of the zoo for it, estimators fitted and networks as they begin."""
     data, fraud = example(300)
     kind = resolve("model", name)
-    model = kind(data.columns, **{k: v for k, v in SMALL.items() if k in kind.__dataclass_fields__})
-    if hasattr(model, "fit"):
-        return data, model, model.fit(data.rows, fraud, 0)
+    options = {k: v for k, v in SMALL.items() if k in kind.__dataclass_fields__}
+    model = kind(data.columns, **options | ({"base_options": SMALL} if "base_options" in kind.__dataclass_fields__ else {}))
     sample = inputs(data, planned := plan(data, np.arange(300), 7, 64), np.arange(len(planned)))
-    return data, model, {k: np.asarray(v) for k, v in model.init(sample, 0).items()}
+    if not isinstance(model, Estimator):
+        return data, model, {k: np.asarray(v) for k, v in model.init(sample, 0).items()}
+    start = model.network.init(sample, 0) if hasattr(model, "network") else None
+    return data, model, model.fit_on(data, np.arange(300), fraud, 0, start)
 
 
 def latest(data, model, position: int) -> Inputs:

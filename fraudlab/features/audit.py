@@ -21,7 +21,7 @@ from ..data.splits import Fold
 from .definitions import UNITS, FeatureSet, Risk, duration, fit, need_fitted
 from .encoding import fit_encoding
 from .offline import compute
-from .sequences import Dataset
+from .sequences import Dataset, inputs, plan
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10005
 Subject = Callable[[pl.DataFrame, pl.DataFrame], object]
@@ -431,13 +431,25 @@ def encoded(
     fitted = fit_encoding(frame.filter(pl.col("event_time") < until), fields, features.names)
     return Dataset(fitted.encode(frame), fitted.columns, payments["payer_id"], payments["event_time"])
 
+# %% ../../nbs/20_features/80_audit.ipynb #a0d1003b
+def _seen(data: Dataset, at: np.ndarray, history: int, windows: bool) -> dict[str, np.ndarray]:
+    "Of the payments at `at`, in their order: their rows, and those of the `history` latest payments that they may see, 0 where there are fewer."
+    planned = plan(data, at, history, 64, windows)
+    given, (row, place) = inputs(data, planned, np.arange(len(planned))), np.nonzero(planned.scored)
+    tokens = np.concatenate([given.rows, given.gap[..., None], given.time[..., None]], -1)
+    back = given.before[row, place][:, None] - np.arange(history)
+    same = (back >= 0) & (given.sequence[row[:, None], back] == given.sequence[row, place][:, None])
+    order = np.argsort(data.order[planned.at[row, place]])              # `at` ascends
+    return {"rows": tokens[row, place][order], "earlier": np.where(same[..., None], tokens[row[:, None], back], 0)[order]}
+
 def input_subject(features: FeatureSet, fields: tuple[Field, ...], until: datetime, history: int) -> Subject:
-    "Rows and histories of the payments from `until` on, as a subject."
-    def inputs(payments: pl.DataFrame, labels: pl.DataFrame) -> pl.DataFrame:
+    "Rows of the payments from `until` on, and the earlier ones that they see, as a subject."
+    def seen(payments: pl.DataFrame, labels: pl.DataFrame) -> pl.DataFrame:
         at = (payments["event_time"] >= until).arg_true().cast(pl.Int64).to_numpy()
-        given = encoded(features, fields, payments, labels, until).inputs(at, history)
-        return pl.DataFrame([payments["payment_id"].gather(at), *(pl.Series(name, values) for name, values in given._asdict().items())])
-    return inputs
+        data = encoded(features, fields, payments, labels, until)
+        columns = _seen(data, at, history, False) | {"in windows": _seen(data, at, history, True)["earlier"]}
+        return pl.DataFrame([payments["payment_id"].gather(at), *(pl.Series(name, values) for name, values in columns.items())])
+    return seen
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10037
 def audit_split(
@@ -462,7 +474,7 @@ def _fault(cause: str, rows: pl.DataFrame, told: Callable[[dict], str], name: st
     return Finding("row", row["payment_id"], row["event_time"], "", "", cause, told(row), payments=1 + ("payment_id_train" in row),
                    moved=rows["payment_id"].n_unique(), subject=name)
 
-# %% ../../nbs/20_features/80_audit.ipynb #a0d1003b
+# %% ../../nbs/20_features/80_audit.ipynb #a1d73932
 def audit_extracts(
     earlier: tuple,       # payments, labels; or `Tables`
     later: tuple,         # the same source, read later, or more of it

@@ -47,6 +47,7 @@ class Model:
 # %% ../../nbs/30_models/00_contract.ipynb #32aa9c9c
 class Estimator(Model):
     "A model that is fitted to all payments at once, each by itself."
+    network: "Network | None" = None    # one that it stands on, trained before it
 
     def fit(self, rows: Float32[np.ndarray, "N F"], labels: Bool[np.ndarray, "N"], seed: int) -> Weights:
         "Weights learned from `N` payments and whether each is a fraud."

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type', 'append_history',
-           'Conflict', 'State', 'update', 'keys_of', 'see', 'report', 'sweep', 'backfill', 'copy_state']
+           'cut_history', 'Conflict', 'State', 'update', 'keys_of', 'take', 'see', 'step', 'report', 'sweep',
+           'backfill', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -16,6 +18,7 @@ import polars as pl
 
 from ..core.runs import text_hash
 from ..features.definitions import ALL, NEVER, FeatureSet, Risk, Window, duration
+from ..features.encoding import Encoding
 from ..features.offline import fraud_known
 from ..features.online import Memory, Online, OtherCurrency, microseconds, rows_of
 from ..features.stores import Blobs, Result, StoreError, copy, open_store, short, sweeps
@@ -23,14 +26,16 @@ from ..features.stores import Blobs, Result, StoreError, copy, open_store, short
 # %% ../../nbs/70_serving/10_state.ipynb #67b00791
 class Seen(msgspec.Struct, array_like=True):
     "A payment that was seen."
-    values: list         # its values of `State.fields`, the time in microseconds
-    known: int = NEVER   # microseconds: when it became known as a fraud
+    values: list                 # its values of `State.fields`, the time in microseconds
+    known: int = NEVER           # microseconds: when it became known as a fraud
+    score: float | None = None   # that a model with steps gave it
 
 class Made(msgspec.Struct, array_like=True):
     "What a state was made for; another model may not go on with it."
     features: str          # hash of the feature set, and of how the engine lays out a state
     columns: str           # hash of the columns and what was fitted
     history: int           # T
+    memory: str            # of a model with steps: which model and weights, and how its memory is laid out
     complete: bool = True  # False while it is being backfilled
 
 pack, seen, made = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Seen).decode, msgspec.msgpack.Decoder(Made).decode
@@ -41,8 +46,13 @@ def history_type(columns: int) -> np.dtype: return np.dtype([("time", "<i8"), ("
 def append_history(history: np.ndarray, time: int, row: np.ndarray, keep: int) -> np.ndarray:
     "`history` with one payment in its place, cut to what later payments with a history of `keep` can see."
     at = np.searchsorted(history["time"], time, "right")
-    history = np.concatenate([history[:at], np.array([(time, row)], history.dtype), history[at:]])
-    return history[max(0, np.searchsorted(history["time"], history["time"][-1]) - 2 * keep):]
+    return cut_history(np.concatenate([history[:at], np.array([(time, row)], history.dtype), history[at:]]), keep)
+
+def cut_history(history: np.ndarray, keep: int) -> np.ndarray:
+    "`history` without what no later payment with a history of `keep` can see."
+    time = history["time"]
+    first = max(0, np.searchsorted(time, time[-1]) - 2 * keep)
+    return history[max(0, np.searchsorted(time, time[first]) - 1):]
 
 # %% ../../nbs/70_serving/10_state.ipynb #596f2e63
 Held = dict[bytes | None, bytes | None]   # blobs by key; None: there is none
@@ -57,14 +67,17 @@ class Conflict(ValueError):
 class State:
     "What is remembered of payers and payees, at the address of a store. Not for several threads at once."
     def __init__(self,
-        bundle,                 # says which features, columns and history: `serving.bundle.Bundle`
+        bundle,                 # says which features, columns, history and stepper: `serving.bundle.Bundle`
         address: str,           # as in `features.stores.open_store`
         lateness: str = "1d",   # how much later than an entity's newest payment one may come and still count
     ):
-        self.features, self.history, self.dtype = FeatureSet.from_dict(bundle.features), bundle.history, history_type(len(bundle.columns))
+        self.features, self.stepper, self.windows = FeatureSet.from_dict(bundle.features), bundle.stepper, bundle.windows
+        self.history = 0 if self.stepper else bundle.history
+        self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
-        self.made = Made(self.engine.hash, text_hash(msgspec.json.encode(bundle.columns).decode()), self.history)
+        memory = f"{bundle.memory}, {self.stepper.size} bytes" if self.stepper else ""
+        self.made = Made(self.engine.hash, text_hash(msgspec.json.encode(bundle.columns).decode()), self.history, memory)
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
         _compile(self)
@@ -80,12 +93,20 @@ def _read(engine: Online) -> set[str]:
 # %% ../../nbs/70_serving/10_state.ipynb #5700f009
 def _claim(state: State):
     "Note in an empty store what it is for; `StoreError` for one that holds something else, or half of a backfill."
-    def claim(blobs: Blobs): return [blobs[0] or pack(state.made)], made(blobs[0] or pack(state.made))
-    found = state.store.update([MADE], claim)
-    if found == state.made: return
+    mine = pack(state.made)
+    found = state.store.update([MADE], lambda blobs: ([blobs[0] or mine], blobs[0] or mine))
+    if found == mine: return
     state.close()
-    why = "its backfill was interrupted" if not found.complete else "it was made for other features, columns or another length of history"
-    raise StoreError(f"{state.store.address} cannot be used: {why}. Delete it and backfill, or use another file or number of database.")
+    raise StoreError(f"{state.store.address} cannot be used: {_why(found, state.made)}. "
+                     "Delete it and backfill, or use another file or number of database.")
+
+def _why(found: bytes, expected: Made) -> str:
+    try: found = made(found)
+    except msgspec.MsgspecError: return "it was made by another version of fraudlab"
+    if not found.complete: return "its backfill was interrupted"
+    if found != msgspec.structs.replace(expected, memory=found.memory):
+        return "it was made for other features, columns or another length of history"
+    return "its memories of payers are those of another model, or of other weights"
 
 def _compile(state: State):
     "The engine's loops, now rather than with the first payment."
@@ -114,36 +135,35 @@ def update(
     return state.store.update(keys, work)
 
 def keys_of(state: State, p: dict) -> list[bytes | None]:
-    "Keys of all that payment `p` reads and writes: the engine's, its own, its payer's history."
-    return [*_engine_keys(state, p), _seen_key(p["payment_id"]), _history_key(state, p["payer_id"])]
+    "Keys of all that payment `p` reads and writes: the engine's, its own, its payer's past."
+    return [*_engine_keys(state, p), _seen_key(p["payment_id"]), _past_key(state, p["payer_id"])]
 
 def _engine_keys(state: State, p: dict) -> list[bytes | None]: return [k and short(k) for k in state.engine.keys(p)]
 def _seen_key(payment_id: str) -> bytes: return short(b"=payment=" + payment_id.encode())
-def _history_key(state: State, payer: str | None) -> bytes | None:
-    return short(b"=history=" + payer.encode()) if state.history and payer is not None else None
+def _past_key(state: State, payer: str | None) -> bytes | None:
+    if payer is None or not (state.stepper or state.history): return None
+    return short((b"=memory=" if state.stepper else b"=history=") + payer.encode())
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f003
-def see(
+def take(
     state: State,
     held: Held,
     p: dict,                               # a payment
     encode: Callable[[dict], np.ndarray],  # payment and features → row [F]
-) -> tuple[np.ndarray, np.ndarray]:
-    "Row of `p`, and its payer's strictly earlier ones (time, row), as of its time; from then on `held` remembers it."
-    time, mine, key = microseconds(p["event_time"]), _engine_keys(state, p), _history_key(state, p["payer_id"])
+) -> tuple[np.ndarray, bool]:
+    "Row of `p` as of its time, and whether it is new; from then on `held` remembers it, its payer's past aside."
+    mine = _engine_keys(state, p)
     try: values, blobs, _ = state.engine.update([held.get(k) for k in mine], p)
     except OtherCurrency: raise Conflict("currency", _CURRENCY) from None
     row = encode(p | dict(zip(state.features.names, values.tolist(), strict=True)))
-    past = np.frombuffer(held.get(key) or b"", state.dtype)
-    if not _known(state, held, p):
+    if new := not _known(state, held, p):
         held.update((k, b) for k, b in zip(mine, blobs, strict=True) if k)
         held[_seen_key(p["payment_id"])] = pack(_seen(state, p))
-        if key: held[key] = append_history(past, time, row, state.history).tobytes()
-        state.newest = max(state.newest, time)
-    return row, past[:np.searchsorted(past["time"], time)]
+        state.newest = max(state.newest, microseconds(p["event_time"]))
+    return row, new
 
-def _seen(state: State, p: dict, known: int = NEVER) -> Seen:
-    return Seen([microseconds(p["event_time"]), *(p.get(name) for name in state.fields[1:])], known)
+def _seen(state: State, p: dict, known: int = NEVER, score: float | None = None) -> Seen:
+    return Seen([microseconds(p["event_time"]), *(p.get(name) for name in state.fields[1:])], known, score)
 
 def _known(state: State, held: Held, p: dict) -> bool:
     "Whether the payment was seen before; raises `Conflict` if it was another one."
@@ -155,6 +175,39 @@ def _known(state: State, held: Held, p: dict) -> bool:
 
 _CURRENCY = ("currency is another one than that of earlier payments, whose amounts this model adds up: "
              "send the amount in that currency, or use a model whose features keep currencies apart.")
+
+# %% ../../nbs/70_serving/10_state.ipynb #419f65c1
+def see(
+    state: State,
+    held: Held,
+    p: dict,                               # a payment
+    encode: Callable[[dict], np.ndarray],  # payment and features → row [F]
+) -> tuple[np.ndarray, np.ndarray]:
+    "Row of `p`, and its payer's earlier ones (time, row), as of its time; from then on `held` remembers it."
+    row, new = take(state, held, p, encode)
+    time, key = microseconds(p["event_time"]), _past_key(state, p["payer_id"])
+    past = np.frombuffer(held.get(key) or b"", state.dtype)
+    if key and new: held[key] = append_history(past, time, row, state.history).tobytes()
+    before = np.searchsorted(past["time"], time) if state.windows else np.searchsorted(past["time"], time, "right") - (not new)
+    return row, past[:max(0, before)]
+
+# %% ../../nbs/70_serving/10_state.ipynb #5700f00b
+def step(
+    state: State,
+    held: Held,
+    p: dict,                               # a payment
+    encode: Callable[[dict], np.ndarray],  # payment and features → row [F]
+) -> float:
+    "Score of `p` by its payer's memory, which then holds `p` too; a payment that was seen before gets the score that it got."
+    row, new = take(state, held, p, encode)
+    if not new: return seen(held[_seen_key(p["payment_id"])]).score
+    key = _past_key(state, p["payer_id"])
+    memory = np.frombuffer(bytearray(held[key]), np.uint8) if held.get(key) else state.stepper.empty()
+    score = float(state.stepper.step(memory, row, microseconds(p["event_time"]))[0])
+    if not math.isfinite(score): raise ArithmeticError("The model's step gives a score that is not a number.")
+    if key: held[key] = memory.tobytes()
+    held[_seen_key(p["payment_id"])] = pack(_seen(state, p, score=score))
+    return score
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
@@ -215,7 +268,9 @@ def backfill(
     memory = Memory(state.engine)
     memory.replay(payments, known)
     state.store.put_many([(MADE, pack(msgspec.structs.replace(state.made, complete=False)))])
-    state.store.put_many(chain(_states(memory, payments), _histories(state, payments, rows), _seen_before(state, payments, known)))
+    scores = np.full(n, np.nan) if state.stepper else None
+    pasts = _memories(state, payments, rows, scores) if state.stepper else _histories(state, payments, rows)
+    for items in (_states(memory, payments), pasts, _seen_before(state, payments, known, scores)): state.store.put_many(items)
     state.store.put_many([(MADE, pack(state.made))])
     return n
 
@@ -231,20 +286,34 @@ def _states(memory: Memory, payments: pl.DataFrame) -> Items:
         packed = memory.states(k)
         for p, code in zip(ones.iter_rows(named=True), codes, strict=True): yield short(engine.keys(p)[k]), packed[code]
 
+def _seen_before(state: State, payments: pl.DataFrame, labels: pl.DataFrame, scores: np.ndarray | None) -> Items:
+    "What is kept of the payments that a window may still hold."
+    known, times = fraud_known(payments, labels), payments["event_time"].to_physical()
+    first = times.search_sorted(times[-1] - state.keep) if len(times) else 0
+    scored = [None] * (len(times) - first) if scores is None else scores[first:].tolist()
+    for p, at, score in zip(payments[first:].iter_rows(named=True), known[first:].tolist(), scored, strict=True):
+        yield _seen_key(p["payment_id"]), pack(_seen(state, p, at, score))
+
+# %% ../../nbs/70_serving/10_state.ipynb #5700f010
+def _payers(payments: pl.DataFrame) -> Iterator[tuple[str | None, np.ndarray]]:
+    "Each payer and its payments' rows of the table, in order; nobody's are one each."
+    for payer, at in payments.select("payer_id", row=pl.int_range(pl.len())).group_by("payer_id").agg("row").iter_rows():
+        yield from [(payer, np.array(at))] if payer is not None else ((None, np.array([i])) for i in at)
+
 def _histories(state: State, payments: pl.DataFrame, rows: np.ndarray) -> Items:
     "Each payer's latest rows."
     past = np.empty(len(payments), state.dtype)
     past["time"], past["row"] = payments["event_time"].to_physical().to_numpy(), rows
-    placed = payments.select("payer_id", row=pl.int_range(pl.len())).drop_nulls() if state.history else payments.select("payer_id").clear()
-    latest = placed.group_by("payer_id").agg(pl.last().tail(2 * state.history + 2))
-    for payer, at in latest.iter_rows(): yield _history_key(state, payer), past[at].tobytes()
+    for payer, at in _payers(payments):
+        if key := _past_key(state, payer): yield key, cut_history(past[at], state.history).tobytes()
 
-def _seen_before(state: State, payments: pl.DataFrame, labels: pl.DataFrame) -> Items:
-    "What is kept of the payments that a window may still hold."
-    known, times = fraud_known(payments, labels), payments["event_time"].to_physical()
-    first = times.search_sorted(times[-1] - state.keep) if len(times) else 0
-    for p, at in zip(payments[first:].iter_rows(named=True), known[first:].tolist(), strict=True):
-        yield _seen_key(p["payment_id"]), pack(_seen(state, p, at))
+def _memories(state: State, payments: pl.DataFrame, rows: np.ndarray, scores: np.ndarray) -> Items:
+    "Each payer's memory; `scores` is filled in on the way."
+    times, stepper = payments["event_time"].to_physical().to_numpy(), state.stepper
+    for payer, at in _payers(payments):
+        memory = stepper.empty()
+        scores[at] = stepper.steps(memory[None], np.zeros(len(at), np.int64), rows[at], times[at])
+        if key := _past_key(state, payer): yield key, memory.tobytes()
 
 # %% ../../nbs/70_serving/10_state.ipynb #ba6f39f0
 def copy_state(source: str, target: str) -> int:

@@ -33,7 +33,7 @@ def truth(model: ModuleNetwork, weights: Weights, inputs: Inputs) -> Int32[Array
 
 # %% ../../nbs/40_training/03_heads.ipynb #0bcad007
 def new_head(model: ModuleNetwork, name: str) -> Weights:
-    "First weights, all 0, of the linear layer that tells columns: `head.<name>.kernel` [D, V] and `.bias` [V]; `V` is the sum of all classes."
+    "First weights, all 0, of the layer that tells columns: `head.<name>.kernel` [D, V] and `.bias` [V]; `V` is the sum of all classes."
     every = sum(sizes(model))
     return {f"head.{name}.kernel": np.zeros((model.width, every), np.float32), f"head.{name}.bias": np.zeros(every, np.float32)}
 

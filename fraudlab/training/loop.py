@@ -23,7 +23,7 @@ from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
 from ..features.sequences import Dataset, Inputs, Plan, inputs, plan
-from ..models.contract import Estimator, Model, Network, Weights, check_inputs, check_labels, to_dict, weights_hash
+from ..models.contract import Model, Network, Weights, check_inputs, check_labels, to_dict, weights_hash
 from .adaptation import merge, split
 from .objective import Objective, Targets
 
@@ -195,7 +195,9 @@ def fit(
     known = positions[labels.is_not_null().to_numpy()[positions]]
     truth = labels[known].to_numpy()
     check_labels(truth)
-    if isinstance(model, Estimator): return model.fit_on(dataset, known, truth, seed, start)
-    if objective is None:
-        raise ValueError(f"{type(model).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
-    return train(model, dataset, positions, labels, objective, recipe, seed, start, checkpoints, log, progress)
+    network = model if isinstance(model, Network) else model.network
+    if network and objective is None:
+        raise ValueError(f"{type(network).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
+    if network and (network is model or start is None):
+        start = train(network, dataset, positions, labels, objective, recipe, seed, start, checkpoints, log, progress)
+    return start if network is model else model.fit_on(dataset, known, truth, seed, start)

@@ -24,7 +24,9 @@ from ..layers import ELAPSED, Block, ModuleNetwork, Transformer
 class FieldsApart(FieldEmbedding):
     "Field embedding that can also give its columns one by one."
 
-    def apart(self, rows: Float32[Array, "... F"], hide: Bool[Array, "... C"] | None, narrow: Float32[Array, "D d"]) -> Float32[Array, "... C d"]:
+    def apart(self,
+        rows: Float32[Array, "... F"], hide: Bool[Array, "... C"] | None, narrow: Float32[Array, "D d"],
+    ) -> Float32[Array, "... C d"]:
         "What each column adds to the token, times `narrow`; numbers first, then times of the week, then ids."
         each = lambda values, weights: jnp.einsum("...ns,nsd->...nd", values, weights[...] @ narrow)
         parts = [each(self.read(rows), self.numbers)]
@@ -43,7 +45,7 @@ class AcrossFields(FieldsApart):
     def __init__(self, columns: tuple[Column, ...], pieces: int, width: int, numbers: str, layers: int, *, rngs: nnx.Rngs):
         super().__init__(columns, pieces, width, numbers, rngs=rngs)
         small, c = width // 4, len(columns)
-        self.narrow, self.wide = nnx.Linear(width, small, use_bias=False, rngs=rngs), nnx.Linear(c * small, width, use_bias=False, rngs=rngs)
+        self.narrow, self.wide = (nnx.Linear(*shape, use_bias=False, rngs=rngs) for shape in ((width, small), (c * small, width)))
         self.which = nnx.Param(jax.random.normal(rngs.params(), (1, c, small)) / c ** .5)          # a column's name, so to say
         self.blocks = nnx.List([Block(small, 2, 2, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.RMSNorm(small, rngs=rngs)
@@ -52,7 +54,8 @@ class AcrossFields(FieldsApart):
         parts = self.apart(rows, hide, self.narrow.kernel[...])
         c, small = parts.shape[-2:]
         tokens = parts.reshape(-1, c, small) + self.which[...]
-        for block in self.blocks: tokens = block(tokens, jnp.zeros((1, c, small // 4)), jnp.ones((1, 1, c, c), bool))    # columns have no positions
+        still, all_see_all = jnp.zeros((1, c, small // 4)), jnp.ones((1, 1, c, c), bool)            # columns have no positions
+        for block in self.blocks: tokens = block(tokens, still, all_see_all)
         return super().__call__(rows, hide) + self.wide(self.norm(tokens).reshape(*rows.shape[:-1], -1))
 
 # %% ../../../nbs/30_models/zoo/encoder.ipynb #e2c0000a

@@ -43,7 +43,8 @@ class LateFusion(Estimator):
     def __post_init__(self): object.__setattr__(self, "base_options", Options(self.base_options))
 
     @property
-    def network(self) -> Network: return from_options(resolve("model", self.base), self.base_options, f"model '{self.base}'", columns=self.columns)
+    def network(self) -> Network:
+        return from_options(resolve("model", self.base), self.base_options, f"model '{self.base}'", columns=self.columns)
 
     @property
     def history(self) -> int: return self.network.history
@@ -51,7 +52,9 @@ class LateFusion(Estimator):
     @property
     def windows(self) -> bool: return self.network.windows
 
-    def fit_on(self, dataset: Dataset, positions: Int[np.ndarray, "N"], labels: Bool[np.ndarray, "N"], seed: int, start: Weights) -> Weights:
+    def fit_on(self,
+        dataset: Dataset, positions: Int[np.ndarray, "N"], labels: Bool[np.ndarray, "N"], seed: int, start: Weights,
+    ) -> Weights:
         "Trees grown on payments of `dataset`; `start` are the network's weights. Its keys get `base.`, those of trees get `trees.`."
         rows = np.concatenate([dataset.rows[positions], embed_all(self.network, start, dataset, positions)], 1)
         grown = Boosted(self.columns, self.trees, self.learning_rate, self.leaves, self.smallest_leaf).fit(rows, labels, seed)

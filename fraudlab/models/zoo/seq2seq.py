@@ -20,7 +20,8 @@ from ...features.encoding import IDS, Column
 from ...features.sequences import CLOCK, Inputs
 from ..contract import Weights
 from ..embeddings import NUMBERS, WEEK, both, classes, of_kinds, places
-from ..layers import ELAPSED, Attention, Block, ModuleNetwork, Transformer, both_ways, causal, fields, rotate, turns, with_weights, _blank
+from ..layers import (ELAPSED, Attention, Block, ModuleNetwork, Transformer, _blank, both_ways, causal, fields, rotate, turns,
+                                    with_weights)
 
 # %% ../../../nbs/30_models/zoo/seq2seq.ipynb #52500005
 class CrossAttention(Attention):
@@ -80,7 +81,9 @@ class Seq2seq(ModuleNetwork):
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module: return EncoderDecoder(self, rngs=rngs)
 
-    def tell(self, weights: Weights, inputs: Inputs, shown: Bool[Array, "B T"], hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T V"]:
+    def tell(self,
+        weights: Weights, inputs: Inputs, shown: Bool[Array, "B T"], hide: Bool[Array, "B T C"] | None = None,
+    ) -> Float32[Array, "B T V"]:
         "Log-odds of the classes, side by side, of each payment's next one; of what is not `shown`, it sees its own past only."
         module = {k: v for k, v in weights.items() if not k.startswith(("judge.", "head."))}
         return with_weights(_blank(self), module).tell(inputs, shown, hide)
@@ -107,11 +110,11 @@ def drawn(
 def written(model: Seq2seq, weights: Weights, inputs: Inputs, at: Int32[Array, "B"], shown: Bool[Array, "B T"], key: Array) -> Inputs:
     "Inputs with one more payment a row, drawn, behind the place `at`."
     row, columns = jnp.arange(len(at)), (*model.columns, ELAPSED)
-    noisy = model.tell(weights, inputs, shown)[row, at] + jax.random.gumbel(key, (len(at), sum(model.classes)))      # its largest is a draw (Gumbel 1954)
-    of_column = jnp.split(noisy, np.cumsum(model.classes)[:-1], axis=1)
+    noise = jax.random.gumbel(key, (len(at), sum(model.classes)))                # the largest of log-odds and noise is a draw (Gumbel 1954)
+    of_column = jnp.split(model.tell(weights, inputs, shown)[row, at] + noise, np.cumsum(model.classes)[:-1], axis=1)
     told = jnp.stack([o.argmax(1) if o.shape[1] else jnp.zeros(len(at), jnp.int32) for o in of_column], 1).astype(jnp.int32)
     values = drawn(columns, weights["fixed.embed.edges"], told, key)
-    gap = jnp.maximum(jnp.round(values[:, -1]), 1)                                                                   # seconds
+    gap = jnp.maximum(jnp.round(values[:, -1]), 1)                               # seconds
     for c, place in zip(columns, places(columns, *(c.kind for c in columns)), strict=True):
         if c.name == "event_time": values = values.at[:, place].set((inputs.rows[row, at, place] + gap / 3600) % WEEK)
     new = (values[:, :-1], gap, (inputs.time[row, at] + gap.astype(jnp.int32)) % CLOCK, 1, at)

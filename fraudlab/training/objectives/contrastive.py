@@ -7,6 +7,7 @@ __all__ = ['halves', 'Contrastive']
 
 # %% ../../../nbs/40_training/objectives/contrastive.ipynb #0bd00003
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def halves(
     counts: Bool[Array, "B T"],             # payments that may be cut
     least: int,                             # payments of a half
     key: Array,
-) -> tuple[Inputs, Int32[Array, "B T"]]:    # and the half that each payment belongs to: 2n and 2n + 1 of the nth sequence that is cut; -1: none
+) -> tuple[Inputs, Int32[Array, "B T"]]:    # and each payment's half: 2n and 2n + 1 of the nth sequence that is cut; -1: none
     "Sequences of `2 · least` payments and more, each cut in two."
     here = jnp.arange(inputs.gap.shape[1], dtype=jnp.int32)[None]
     same = inputs.sequence[:, :, None] == inputs.sequence[:, None, :]
@@ -44,10 +45,11 @@ class Contrastive(Objective):
     "Halves of payers' payments: `-log softmax(cosine / temperature)[the other half] / log(other halves)`."
     least: int = 8             # payments of a half
     temperature: float = 0.1   # small: only near ones are told apart
+    whole: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.least < 1 or self.temperature <= 0:
-            raise ValueError(f"least = {self.least}, temperature = {self.temperature}: a half has 1 payment or more, and the temperature is above 0.")
+            raise ValueError(f"least = {self.least}, temperature = {self.temperature}: give 1 or more, and a temperature above 0.")
 
     def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
         counts = jnp.broadcast_to(targets.scored.any(1, keepdims=True), inputs.gap.shape)
@@ -58,7 +60,9 @@ class Contrastive(Objective):
         losses = jax.nn.logsumexp(jnp.where(others, alike, -1e9), axis=1) - mine
         return mean_where(losses, there) / jnp.log(jnp.maximum(there.sum() - 1, 2).astype(jnp.float32))
 
-    def embed(self, model: Network, weights: Weights, inputs: Inputs, half: Int32[Array, "B T"]) -> tuple[Float32[Array, "N D"], Bool[Array, "N"]]:
+    def embed(
+        self, model: Network, weights: Weights, inputs: Inputs, half: Int32[Array, "B T"],
+    ) -> tuple[Float32[Array, "N D"], Bool[Array, "N"]]:
         "Unit vectors of all halves, those of one payer side by side, and which of them are there."
         member = jax.nn.one_hot(half, 2 * max(1, half.shape[1] // (2 * self.least)))
         count = member.sum(1)

@@ -7,6 +7,7 @@ __all__ = ['Masked', 'learned']
 
 # %% ../../../nbs/40_training/objectives/masked.ipynb #0bcf0003
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,12 @@ class Masked(Objective):
     values: float = 0.15     # chance that a payment's column is hidden
     payments: float = 0.05   # chance that all columns of a payment are
     fields: float = 0.05     # chance that a column is in all payments of a row
+    whole: ClassVar[bool] = True
 
     def __post_init__(self):
         for name, chance in vars(self).items():
             if not 0 <= chance < 1: raise ValueError(f"{name} = {chance}: a chance to be hidden is 0 or more, and less than 1.")
-        if not any(vars(self).values()): raise ValueError("values, payments and fields are all 0: nothing would be hidden. Give one of them a chance.")
+        if not any(vars(self).values()): raise ValueError("values, payments and fields are all 0: nothing would be hidden. Raise one of them.")
 
     def init(self, model: ModuleNetwork, seed: int) -> Weights: return new_head(model, "masked")
 
@@ -51,6 +53,6 @@ class Masked(Objective):
 
 # %% ../../../nbs/40_training/objectives/masked.ipynb #0bcf0007
 def learned(model: ModuleNetwork, inputs: Inputs, targets: Targets) -> Bool[Array, "B T"]:
-    "Which payments count: those to be scored, or in windows all of a row that counts."
+    "Which payments count: those to be scored, or, where a model reads both ways, all of a row that counts."
     if not model.windows: return jnp.asarray(targets.scored)
     return (inputs.sequence > 0) & targets.scored.any(1, keepdims=True)

@@ -29,11 +29,14 @@ class Mixture(Objective):
 
     def __post_init__(self):
         if not self.parts or min(self.parts.values()) <= 0:
-            raise ValueError(f"parts = {self.parts}: name objectives, each with a weight above 0, such as {{'fraud': 1.0, 'next_payment': 0.1}}.")
+            raise ValueError(f"parts = {self.parts}: name objectives with weights above 0, such as {{'fraud': 1.0, 'next_payment': 0.1}}.")
         refuse_unknown(self.options, self.parts, "part of the mixture")
         self.objectives     # an unknown objective or option is refused at once
 
     def __hash__(self) -> int: return hash(json.dumps([self.parts, self.options], sort_keys=True))
+
+    @property
+    def whole(self) -> bool: return all(part.whole for part in self.objectives.values())
 
     @cached_property
     def objectives(self) -> dict[str, Objective]:

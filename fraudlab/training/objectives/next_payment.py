@@ -7,6 +7,7 @@ __all__ = ['next_place', 'NextPayment']
 
 # %% ../../../nbs/40_training/objectives/next_payment.ipynb #0bce0003
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from ...core.registry import register
 from ...features.sequences import Inputs
-from ...models.contract import Weights
+from ...models.contract import Weights, name_of
 from ...models.layers import ModuleNetwork
 from ..heads import column_losses, new_head, truth
 from ..objective import Objective, Targets, mean_where
@@ -36,7 +37,13 @@ def next_place(inputs: Inputs) -> tuple[Int32[Array, "B T"], Bool[Array, "B T"]]
 class NextPayment(Objective):
     "All columns of the payer's next payment, and the time until it: `mean over k of -log p(class_k) / log(classes_k)`."
 
-    def init(self, model: ModuleNetwork, seed: int) -> Weights: return new_head(model, "next_payment")
+    whole: ClassVar[bool] = True
+
+    def init(self, model: ModuleNetwork, seed: int) -> Weights:
+        if model.windows:
+            raise ValueError(f"'{name_of(model)}' reads both ways and would see the payment that it is to tell: "
+                             "pre-train it with 'masked', or a causal model, such as decoder, with 'next_payment'.")
+        return new_head(model, "next_payment")
 
     def __call__(self, model: ModuleNetwork, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
         place, exists = next_place(inputs)
