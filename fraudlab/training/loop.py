@@ -34,7 +34,7 @@ class Recipe:
     epochs: int = 4
     tokens: int = 2048             # a step: `tokens / room` rows
     room: int = 64                 # T: tokens in a row
-    context: int = 15              # earlier payments before the first that is learned from
+    context: int = 15              # earlier payments before the first that is learned from; a model of windows has its own
     learning_rate: float = 3e-3    # at its highest
     weight_decay: float = 0.01     # of matrices; vectors are left alone
     warmup: float = 0.05           # share of all steps
@@ -136,7 +136,8 @@ def train(
     start: Weights | None, checkpoints: Path | None, log: Callable[[int, dict[str, float]], None] | None, progress: bool,
 ) -> Weights:
     "Weights of a network after all steps; arguments as for `fit`."
-    planned = plan(dataset, positions, recipe.context, recipe.room, model.windows and not objective.whole)
+    windows = model.windows and not objective.whole
+    planned = plan(dataset, positions, model.history if windows else recipe.context, recipe.room, windows)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
     known, truth = labels.is_not_null().to_numpy(), labels.fill_null(False).to_numpy().astype(np.float32)
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)
