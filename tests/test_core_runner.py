@@ -153,6 +153,69 @@ def test_a_wrong_pipeline_is_refused_before_its_first_step(lab, add_flow, steps,
     assert not (lab / "runs").exists()
 
 
+REPEATED = """
+purpose: to see steps that are repeated
+expected: four sums, in order, and all of them together
+parameters: {starts: [1, 2], sizes: [{name: small, y: 10}, {name: large, y: 100}]}
+steps:
+  - each: {start: "{starts}"}
+    steps:
+      - {flow: double, as: "double_{start}", with: {x: "{start}"}}
+      - {each: {size: "{sizes}"}, flow: add, as: "add_{size.name}_{start}", with: {x: "{double_{start}.outputs.x}", y: "{size.y}"}}
+  - {flow: total, with: {of: ["{add_*.folder}"]}}
+"""
+
+
+@pytest.fixture
+def summing(add_flow):
+    add_flow("double", "x: int = 1", FINISH)
+    add_flow("add", "x: int = 1\ny: int = 1", "from fraudlab.core.runs import finish\nfinish({'sum': x + y})")
+    total = (
+        "from fraudlab.core.runs import finish, read_run\nfinish({'total': sum(read_run(r).metrics['sum'] for r in of)}, {'of': len(of)})"
+    )
+    add_flow("total", "of: list = []", total)
+
+
+def test_steps_are_repeated_over_lists_and_collected(lab, summing):
+    (lab / "each.yaml").write_text(REPEATED)
+    names = [step.name for step in pipelines.read_parameter_file("each.yaml").steps]
+    assert names == ["double_1", "add_small_1", "add_large_1", "double_2", "add_small_2", "add_large_2", "total"]
+    found = pipelines.run_steps("each.yaml", ["starts=[2]"])
+    assert {name: run.metrics for name, run in found.items()} == {
+        "double_2": {"twice": 4.0},
+        "add_small_2": {"sum": 12},
+        "add_large_2": {"sum": 102},
+        "total": {"total": 114},
+    }
+    assert found["total"].result["parameters"]["of"] == [f"runs/add/{found[name].id}" for name in ("add_small_2", "add_large_2")]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"flow": "double", "each": {"x": [1, 2]}}], "two steps are called 'double'"),
+        ([{"flow": "double", "each": {"x": []}}], "repeated over 'x', which is \\[\\]: give a list"),
+        ([{"flow": "double", "each": {"x": "{lists}"}}], "refers to 'lists'.*There are: start"),
+        ([{"flow": "double", "each": {"x": "{start}"}}], "repeated over 'x', which is 3: give a list"),
+        ([{"flow": "double", "each": {"start": [1]}}], "'start' is a parameter, and a step is repeated over it"),
+        ([{"flow": "double", "as": "d_{x}", "each": {"x": [0.5]}}], "step 'd_0.5': a name has letters, digits and _ only"),
+        ([{"flow": "double", "as": "d_{x.name}", "each": {"x": [1]}}], "x is 1, not a table"),
+        ([{"flow": "double", "as": "d_{x.nam}", "each": {"x": [{"name": "a"}]}}], "Did you mean 'name'"),
+        ([{"flow": "double", "steps": [{"flow": "double"}]}], "either flow, as and with, or steps"),
+        ([{"as": "double"}], "either flow, as and with, or steps"),
+        ([{"flow": "double"}, {"flow": "total", "with": {"of": ["{add_*.folder}"]}}], "'add_\\*' fits no earlier step. There are: double"),
+        ([{"flow": "double"}, {"flow": "total", "with": {"of": ["{d*.foldr}"]}}], "Did you mean 'folder'"),
+        ([{"flow": "double", "each": {"x": [1]}, "with": {"x": "{y_{x}}"}}], "'y_1' is no parameter or earlier step"),
+        ([{"flow": "double", "with": {"x": "{double_{x}.outputs.x}"}}], "must be one that the step is repeated over"),
+    ],
+)
+def test_a_wrong_repetition_is_refused_before_the_first_step(lab, summing, steps, message):
+    (lab / "wrong.yaml").write_text(json.dumps({"purpose": "p", "expected": "e", "parameters": {"start": 3}, "steps": steps}))
+    with pytest.raises(ValueError, match=message):
+        pipelines.run_steps("wrong.yaml")
+    assert not (lab / "runs").exists()
+
+
 def test_a_value_of_another_type_than_the_pipelines_parameter_is_refused(lab, add_flow):
     add_flow("double", "x: int = 1", FINISH)
     (lab / "p.yaml").write_text("{purpose: p, expected: e, parameters: {x: 1}, steps: [{flow: double, with: {x: '{x}'}}]}")

@@ -18,7 +18,7 @@ PLOTS = [plots.precision_recall, plots.calibration, plots.score_histogram]
 
 @pytest.fixture(scope="module")
 def scores() -> dict[str, pl.DataFrame]:
-    return {"history": simulate_scores(60_000, 5_000, skill=3.2), "boosted": simulate_scores(60_000, 5_000)}
+    return {"decoder": simulate_scores(60_000, 5_000, skill=3.2), "boosted": simulate_scores(60_000, 5_000)}
 
 
 def data_of(chart) -> list[dict]:
@@ -67,10 +67,10 @@ def test_calibrated_scores_lie_on_the_diagonal(scores):
         points = pl.DataFrame(data_of(plots.calibration({"model": frame})))
         return points.select((pl.col("score").is_between("low", "high")).mean()).item()
 
-    assert inside(scores["history"]) >= 0.8
-    assert inside(scores["history"].with_columns(pl.col("score") / 3)) <= 0.2
+    assert inside(scores["decoder"]) >= 0.8
+    assert inside(scores["decoder"].with_columns(pl.col("score") / 3)) <= 0.2
     with pytest.raises(ValueError, match=r"scores go from .* to 2: must be probabilities"):
-        plots.calibration({"wild": scores["history"].with_columns(pl.col("score") * 2)})
+        plots.calibration({"wild": scores["decoder"].with_columns(pl.col("score") * 2)})
 
 
 def test_histogram_counts_every_payment(scores):
@@ -86,7 +86,7 @@ def test_histogram_counts_every_payment(scores):
 def test_models_keep_their_order_and_colour(scores):
     for plot in PLOTS[:2]:
         chart = json.dumps(plot(dict(reversed(scores.items()))).to_dict())
-        assert '"domain": ["boosted", "history"]' in chart
+        assert '"domain": ["boosted", "decoder"]' in chart
         assert f'"range": {json.dumps(plots.COLOURS)}' in chart
 
 
@@ -108,7 +108,7 @@ def test_tables_say_the_same_everywhere(scores):
 
 
 def test_table_of_differences_and_gaps(scores):
-    text = str(table({"boosted and history": compare(scores["boosted"], scores["history"], draws=20)}, ["ap"], signed=True))
+    text = str(table({"boosted and history": compare(scores["boosted"], scores["decoder"], draws=20)}, ["ap"], signed=True))
     assert "\N{MINUS SIGN}0." in text
     assert "+" not in text
     no_payers = {model: evaluate(frame.with_columns(payer_id=pl.lit(None, pl.String)), draws=5) for model, frame in scores.items()}
@@ -117,4 +117,4 @@ def test_table_of_differences_and_gaps(scores):
     assert "payments resampled" in text
     with pytest.raises(ValueError, match="'aps' is no metric"):
         table(no_payers, ["aps"])
-    assert np.isfinite(list(no_payers["history"].values())).all()
+    assert np.isfinite(list(no_payers["decoder"].values())).all()

@@ -46,7 +46,7 @@ def test_it_ends_with_a_table_the_notebooks_and_the_line_that_scores(lab, first)
         "logistic",
         "forest",
         "boosted",
-        "history",
+        "decoder",
         "Card precision@100",
         "evaluate.ipynb",
         "curl -s http://127.0.0.1:3000/v1/score",
@@ -59,13 +59,13 @@ def test_the_names_that_others_read_are_there(lab, first):
     assert {"rows", "quarantined", "train_rows", "test_rows"} <= found["prepare"]["metrics"].keys()
     expected = {
         f"{model}.{metric}{end}"
-        for model in ("logistic", "forest", "boosted", "history")
+        for model in ("logistic", "forest", "boosted", "decoder")
         for metric in ("auc", "ap", "cp100", "ece")
         for end in ("", ".low", ".high")
     }
     assert expected <= found["evaluate"]["metrics"].keys()
     assert {"flow", "id", "inputs", "parameters", "seed", "revision", "package", "lock", "data", "timings", "metrics"} <= found[
-        "train history"
+        "train decoder"
     ].keys()
 
 
@@ -88,8 +88,8 @@ def test_no_path_of_this_machine_is_in_a_result(lab, first):
 
 def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
     """SIGKILL to the command and its kernel in the middle of training; the same command again; and one that was left alone."""
-    command = [Path(sys.executable).parent / "fraudlab", "run", "train", "-p", "model=history"]
-    command += ["-p", "recipe={epochs: 4, checkpoint_every: 20, batch: 64}", "-p", "options={width: 16, layers: 1, history: 7}"]
+    command = [Path(sys.executable).parent / "fraudlab", "run", "train", "-p", "model=decoder"]
+    command += ["-p", "recipe={epochs: 8, checkpoint_every: 20, tokens: 512}", "-p", "options={width: 16, layers: 1, window: 8}"]
     process = subprocess.Popen(command, cwd=ROOT, env=lab, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs, deadline = Path(lab["FRAUDLAB_RUNS"]) / "train", time.monotonic() + 90
     while not (kept := list(runs.glob("*/checkpoints/40"))) and process.poll() is None and time.monotonic() < deadline:
@@ -112,7 +112,7 @@ def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
 
 def test_list_and_doctor_know_what_there_is(lab):
     listed = fraudlab(lab, "list")
-    for name in ("mapped", "ulb", "handbook_strict", "logistic", "forest", "boosted", "history", "fraud", "prepare", "audit", "serve"):
+    for name in ("mapped", "ulb", "handbook_strict", "logistic", "forest", "boosted", "decoder", "fraud", "prepare", "audit", "serve"):
         assert name in listed
     assert "papermill" in fraudlab(lab, "doctor")
 

@@ -152,7 +152,7 @@ def fresh(name: str):
     sample = inputs(data, planned := plan(data, np.arange(300), 7, 64), np.arange(len(planned)))
     if not isinstance(model, Estimator):
         return data, model, {k: np.asarray(v) for k, v in model.init(sample, 0).items()}
-    start = model.network.init(sample, 0) if hasattr(model, "network") else None
+    start = model.network and model.network.init(sample, 0)
     return data, model, model.fit_on(data, np.arange(300), fraud, 0, start)
 
 

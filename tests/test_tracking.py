@@ -124,7 +124,7 @@ def test_a_flow_that_was_killed_goes_on_with_its_run(lab, monkeypatch):
     """Same run folder and name: same tracked run. The points it had are not there twice, the file's status is right at each time."""
     monkeypatch.setenv("FRAUDLAB_RUN", str(lab / "runs" / "train" / "20240301-abc"))
     mlflow, status = tracking.client(), lambda run: mlflow.get_run(run.id).info.status
-    with contextlib.suppress(KeyboardInterrupt), tracking.start("train", "history", {"model": "history"}) as killed:
+    with contextlib.suppress(KeyboardInterrupt), tracking.start("train", "decoder", {"model": "decoder"}) as killed:
         assert status(killed) == "RUNNING"
         killed.log(10, {"loss": 0.5})
         raise KeyboardInterrupt
@@ -132,23 +132,23 @@ def test_a_flow_that_was_killed_goes_on_with_its_run(lab, monkeypatch):
     mlflow.update_run(killed.id, status="RUNNING")  # what SIGKILL leaves behind
     with tracking.start("train", "boosted", {}) as other:
         assert other.id != killed.id
-    with tracking.start("train", "history", {"model": "history"}) as resumed:
+    with tracking.start("train", "decoder", {"model": "decoder"}) as resumed:
         assert resumed.id == killed.id
         for step in (10, 20):
             resumed.log(step, {"loss": 5 / step, "late": 1.0})
     assert status(resumed) == "FINISHED"
     assert [m.step for m in mlflow.get_metric_history(resumed.id, "loss")] == [10, 20]
     assert [m.step for m in mlflow.get_metric_history(resumed.id, "late")] == [10, 20]
-    with tracking.start("train", "history", {"model": "history"}) as fresh:
+    with tracking.start("train", "decoder", {"model": "decoder"}) as fresh:
         assert fresh.id != killed.id, "a finished run is not taken up again by itself"
 
 
 def test_other_parameters_are_another_run(lab):
-    with pytest.raises(RuntimeError, match="oom"), tracking.start("train", "history", {"seed": 0}) as run:
+    with pytest.raises(RuntimeError, match="oom"), tracking.start("train", "decoder", {"seed": 0}) as run:
         raise RuntimeError("oom")
     with (
         pytest.raises(ValueError, match=rf"{run.id} has seed = 0, now given 1"),
-        tracking.start("train", "history", {"seed": 1}, run_id=run.id),
+        tracking.start("train", "decoder", {"seed": 1}, run_id=run.id),
     ):
         pytest.fail("must not start")
     assert tracking.client().get_run(run.id).info.status == "FAILED"

@@ -171,7 +171,9 @@ def references(value) -> set[str]:
     "Names that `value` refers to."
     if isinstance(value, dict): value = list(value.values())
     if isinstance(value, list): return set().union(*map(references, value))
-    return {name for _, name, _, _ in string.Formatter().parse(value) if name} if isinstance(value, str) else set()
+    if not isinstance(value, str): return set()
+    try: return {name for _, name, _, _ in string.Formatter().parse(value) if name}
+    except ValueError as e: raise ValueError(f"'{value}': {e}. A name in braces within braces must be one that the step is repeated over.") from e
 
 # %% ../../nbs/00_core/50_pipelines.ipynb #99637843
 def run_steps(

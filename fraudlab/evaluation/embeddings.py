@@ -32,9 +32,11 @@ def payment_embeddings(
     "payment_id, event_time, payer_id, model, weights (SHA-256) and embedding (`D` float32) of each of `positions`."
     if not isinstance(model, Network):
         raise ValueError(f"'{name_of(model)}' is not trained by gradient and has no embeddings: take a network, such as decoder.")
-    if len(payments) != len(dataset): raise ValueError(f"There are {len(payments):,} payments and {len(dataset):,} encoded ones: give the same, in one order.")
-    return payments[positions].select("payment_id", "event_time", "payer_id").with_columns(
-        model=pl.lit(name_of(model)), weights=pl.lit(weights_hash(weights)), embedding=pl.Series(embed_all(model, weights, dataset, positions)))
+    if len(payments) != len(dataset):
+        raise ValueError(f"There are {len(payments):,} payments and {len(dataset):,} encoded ones: give the same, in one order.")
+    vectors = pl.Series(embed_all(model, weights, dataset, positions))
+    which = {"model": pl.lit(name_of(model)), "weights": pl.lit(weights_hash(weights))}
+    return payments[positions].select("payment_id", "event_time", "payer_id").with_columns(**which, embedding=vectors)
 
 # %% ../../nbs/50_evaluation/80_embeddings.ipynb #e3b0000a
 def payer_embeddings(
@@ -71,7 +73,8 @@ def confirmed(
     labels: pl.DataFrame,     # payment_id, is_fraud, known_at
 ) -> pl.DataFrame:
     "Payments of `embedded` that became known as frauds, and when: `known_at`."
-    return embedded.join(labels.filter("is_fraud").select("payment_id", "known_at").drop_nulls(), "payment_id", maintain_order="left")
+    known = labels.filter("is_fraud").select("payment_id", "known_at").drop_nulls()
+    return embedded.join(known, "payment_id", maintain_order="left")
 
 # %% ../../nbs/50_evaluation/80_embeddings.ipynb #e3b00012
 def stretches(
@@ -80,7 +83,8 @@ def stretches(
 ) -> Iterator[tuple[int, int, int]]:
     "First payment, last (not included), and how many cases were known strictly before each of them."
     counts, first = np.unique(np.searchsorted(known, times, side="left"), return_index=True)
-    yield from zip(first.tolist(), [*first[1:].tolist(), len(times)], counts.tolist(), strict=True)
+    edges = [*first.tolist(), len(times)]
+    yield from zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
 
 # %% ../../nbs/50_evaluation/80_embeddings.ipynb #e3b00014
 def nearest_earlier(
@@ -88,27 +92,26 @@ def nearest_earlier(
     cases: pl.DataFrame,   # the same and known_at: from `confirmed`
     k: int = 5,
 ) -> pl.DataFrame:
-    "The up to `k` nearest of `cases` known before each payment, nearest first: payment_id, case, distance, and event_time and known_at of the case."
+    """The up to `k` nearest of `cases` known before each payment, nearest first.
+
+    payment_id, case (payment_id of the case), distance (cosine), and event_time and known_at of the case."""
     from usearch.index import Index
     if k < 1: raise ValueError(f"k = {k}: ask for 1 neighbour or more.")
     cases = cases.sort("known_at", "payment_id")
-    rows = asked.with_row_index("row").sort("event_time", maintain_order=True)
-    queries, vectors = (frame["embedding"].to_numpy() for frame in (rows, cases))
-    times, known = (frame[name].cast(TIME).to_physical().to_numpy() for frame, name in ((rows, "event_time"), (cases, "known_at")))
-    index, found = Index(ndim=queries.shape[1], metric="cos", dtype="f32"), []
-    for first, last, count in stretches(times, known):
+    times, known = (column.cast(TIME).to_physical().to_numpy() for column in (asked["event_time"], cases["known_at"]))
+    order, queries, vectors = np.argsort(times, kind="stable"), asked["embedding"].to_numpy(), cases["embedding"].to_numpy()
+    index = Index(ndim=queries.shape[1], metric="cos", dtype="f32")
+    keys, distances = np.full((len(asked), k), -1), np.zeros((len(asked), k), np.float32)
+    for first, last, count in stretches(times[order], known):
         if not count: continue
+        now, n = order[first:last], min(k, count)
         index.add(np.arange(len(index), count), vectors[len(index):count], threads=1)    # one thread: an equal index each time
-        matches = index.search(queries[first:last], min(k, count))
-        found.append(_neighbours(rows[first:last], cases, matches.keys.reshape(last - first, -1), matches.distances.reshape(last - first, -1)))
-    return pl.concat(found or [_neighbours(rows[:0], cases, np.empty((0, 1), np.uint64), np.empty((0, 1), np.float32))]).sort("row", maintain_order=True).drop("row")
-
-# %% ../../nbs/50_evaluation/80_embeddings.ipynb #e3b00015
-def _neighbours(rows: pl.DataFrame, cases: pl.DataFrame, keys: Int[np.ndarray, "N K"], distances: Float32[np.ndarray, "N K"]) -> pl.DataFrame:
-    "A row a payment and neighbour."
-    near = cases.select(case="payment_id", event_time="event_time", known_at="known_at")[keys.astype(np.int64).ravel()]
-    asked = rows.select("row", "payment_id")[np.repeat(np.arange(len(rows)), keys.shape[1])]
-    return asked.with_columns(near["case"], pl.Series("distance", np.maximum(distances.ravel(), 0)), near["event_time"], near["known_at"])
+        matches = index.search(queries[now], n, threads=1)
+        keys[now, :n], distances[now, :n] = (found.reshape(-1, n) for found in (matches.keys, matches.distances))
+    row, place = np.nonzero(keys >= 0)
+    near = cases.select("event_time", "known_at", case="payment_id")[keys[row, place]]
+    rows = asked.select("payment_id")[row].with_columns(near["case"], pl.Series("distance", np.maximum(distances[row, place], 0)))
+    return rows.hstack(near.select("event_time", "known_at"))
 
 # %% ../../nbs/50_evaluation/80_embeddings.ipynb #e3b0001f
 FACTS = FeatureSet((
@@ -126,7 +129,7 @@ def explained(
     seed: int = 0,                           # of the trees
 ) -> dict[str, float]:
     "R² of a ridge regression (`linear`) and of boosted trees (`trees`), each payer told by a regression on two thirds of the others."
-    from sklearn.ensemble import HistGradientBoostingRegressor
+    from lightgbm import LGBMRegressor
     from sklearn.linear_model import Ridge
     from sklearn.metrics import r2_score
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -135,5 +138,6 @@ def explained(
     there = np.isfinite(fact)
     x, y, groups = vectors[there].astype(np.float64), fact[there].astype(np.float64), payers.rank("dense").to_numpy()[there]
     if (distinct := len(np.unique(groups))) < 3: raise ValueError(f"{distinct} payers have the fact: give payments of three or more.")
-    ways = {"linear": make_pipeline(StandardScaler(), Ridge()), "trees": HistGradientBoostingRegressor(random_state=seed)}
-    return {name: float(r2_score(y, cross_val_predict(way, x, y, groups=groups, cv=GroupKFold(3)))) for name, way in ways.items()}
+    trees = LGBMRegressor(n_jobs=1, deterministic=True, force_row_wise=True, random_state=seed, verbosity=-1)
+    told = lambda way: cross_val_predict(way, x, y, groups=groups, cv=GroupKFold(3))
+    return {name: float(r2_score(y, told(way))) for name, way in (("linear", make_pipeline(StandardScaler(), Ridge())), ("trees", trees))}

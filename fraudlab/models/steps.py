@@ -6,16 +6,15 @@ sequence."""
 # %% auto #0
 __all__ = ['NUMBER', 'WEEKS', 'TABLE', 'WEEK', 'HARMONICS', 'NEVER', 'HEAD', 'MODELS', 'OPTIONS', 'PACK', 'jit', 'as_real', 'exp',
            'sigmoid', 'keep', 'multiply', 'through', 'add', 'normalise', 'taken', 'way', 'intervals', 'pack_number',
-           'pack_fields', 'in_deviations', 'embed_number', 'embed_week', 'embed_ids', 'embed', 'Sizes', 'seconds_since',
-           'turn', 'angles_of', 'attend', 'gated', 'look_back', 'take_place', 'exchange', 'step_decoder', 'arrive',
-           'fades', 'step_recurrent', 'step_gru', 'one_step', 'many_steps', 'pack_decoder', 'pack_gated',
-           'pack_recurrent', 'pack_gru', 'Stepper', 'check_options', 'in_one', 'make_stepper', 'compiled']
+           'pack_fields', 'in_deviations', 'embed_number', 'embed_week', 'embed_ids', 'embed', 'seconds_since', 'turn',
+           'angles_of', 'attend', 'gated', 'look_back', 'take_place', 'exchange', 'step_decoder', 'arrive', 'fades',
+           'step_recurrent', 'step_gru', 'one_step', 'many_steps', 'pack_decoder', 'pack_gated', 'pack_recurrent',
+           'pack_gru', 'Stepper', 'check_options', 'in_one', 'make_stepper', 'compiled']
 
 # %% ../../nbs/30_models/30_steps.ipynb #339b7e8c
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -214,17 +213,6 @@ def embed(table, waves, weights, row, gap, token):
 NEVER = np.iinfo(np.int64).min          # earlier than any time
 HEAD = 16                               # bytes: the newest instant and the one before
 
-class Sizes(NamedTuple):
-    "A model's sizes, as its step needs them."
-    model: int        # place in MODELS
-    width: int        # D
-    layers: int
-    waves: int        # frequencies of each number
-    start: int        # where the weights of layers begin
-    heads: int = 0    # decoder: that ask
-    key_heads: int = 0
-    room: int = 0     # payments that are kept
-
 @jit
 def seconds_since(time, earlier):
     "Of two times in microseconds; 0 after no time."
@@ -321,24 +309,25 @@ def exchange(own, ring, n, place, numbers, units):
 
 # %% ../../nbs/30_models/30_steps.ipynb #5547deba
 @jit
-def step_decoder(s, table, weights, state, row, time, token):
+def step_decoder(sizes, table, weights, state, row, time, token):
     "A payment's token after all layers, before the last norm; where the weights of that begin."
-    D, d, room, each = s.width, s.width // s.heads, s.room, s.heads // s.key_heads
-    asked, normal, wide = np.empty(D + 2 * d * s.key_heads, np.float32), np.empty(D, np.float32), np.empty(4 * D, np.float32)
+    _, D, layers, waves, start, heads, key_heads, room = sizes
+    d, each = D // heads, heads // key_heads
+    asked, normal, wide = np.empty(D + 2 * d * key_heads, np.float32), np.empty(D, np.float32), np.empty(4 * D, np.float32)
     keys, values, units = np.empty((room + 1, d), np.float32), np.empty((room + 1, d), np.float32), np.empty((2, room + 1), np.float32)
     angles, seen, chances = np.empty(d, np.float32), np.empty(room + 1, np.bool_), np.empty(room + 1, np.float32)
     earlier, n = look_back(state, room, time, seen)
-    embed(table, s.waves, weights, row, seconds_since(time, earlier), token)
-    angles_of(time, weights, s.start - d // 2, angles)
-    at, place, ring, long = s.start, take_place(state, room, time), HEAD + 8 * (room + 1), room * (2 * d + 4)
-    for _ in range(s.layers):
+    embed(table, waves, weights, row, seconds_since(time, earlier), token)
+    angles_of(time, weights, start - d // 2, angles)
+    at, place, ring, long = start, take_place(state, room, time), HEAD + 8 * (room + 1), room * (2 * d + 4)
+    for _ in range(layers):
         normalise(token, normal)
         at = through(normal, weights, at, asked)
-        turn(asked[:D + d * s.key_heads], angles)
-        for g in range(s.key_heads):
+        turn(asked[:D + d * key_heads], angles)
+        for g in range(key_heads):
             own = asked[D + g * d:]
             exchange(own[:d], state[ring:ring + long], n, place, keys, units[0])
-            exchange(own[d * s.key_heads:d * (s.key_heads + 1)], state[ring + long:ring + 2 * long], n, place, values, units[1])
+            exchange(own[d * key_heads:d * (key_heads + 1)], state[ring + long:ring + 2 * long], n, place, values, units[1])
             ring += 2 * long
             for h in range(g * each * d, (g + 1) * each * d, d):
                 attend(asked[h:h + d], keys, values, units, seen[:n + 1], chances[:n + 1], normal[h:h + d])
@@ -369,15 +358,14 @@ def fades(x):
 
 # %% ../../nbs/30_models/30_steps.ipynb #85524ce1
 @jit
-def step_recurrent(s, table, weights, state, row, time, token):
+def step_recurrent(sizes, table, weights, state, row, time, token):
     "A payment's token after all layers, before the last norm; where the weights of that begin."
-    D = s.width
+    _, D, layers, waves, at, _, _, _ = sizes
     normal, wide = np.empty(D, np.float32), np.empty(4 * D, np.float32)
     both, gates = np.empty(2 * D, np.float32), np.empty(2 * D, np.float32)
     memory, earlier, late = arrive(state, time)
-    embed(table, s.waves, weights, row, seconds_since(time, earlier), token)
-    at = s.start
-    for layer in range(s.layers):
+    embed(table, waves, weights, row, seconds_since(time, earlier), token)
+    for layer in range(layers):
         normalise(token, normal)
         at = through(normal, weights, at, both)                  # how far it opens, and the value
         at = through(both[D:], weights, at, gates)               # what stays, what is taken
@@ -395,14 +383,13 @@ def step_recurrent(s, table, weights, state, row, time, token):
 
 # %% ../../nbs/30_models/30_steps.ipynb #9aa1195c
 @jit
-def step_gru(s, table, weights, state, row, time, token):
+def step_gru(sizes, table, weights, state, row, time, token):
     "A payment's token after all layers, before the last norm; where the weights of that begin."
-    D = s.width
+    _, D, layers, waves, at, _, _, _ = sizes
     own, from_memory = np.empty(3 * D, np.float32), np.empty(3 * D, np.float32)
     memory, earlier, late = arrive(state, time)
-    embed(table, s.waves, weights, row, seconds_since(time, earlier), token)
-    at = s.start
-    for layer in range(s.layers):
+    embed(table, waves, weights, row, seconds_since(time, earlier), token)
+    for layer in range(layers):
         before, after = memory[0, layer * D:(layer + 1) * D], memory[1, layer * D:(layer + 1) * D]
         at = add(_ONE, weights, through(token, weights, at, own), own)
         at = add(_ONE, weights, through(before, weights, at, from_memory), from_memory)
@@ -418,24 +405,25 @@ def step_gru(s, table, weights, state, row, time, token):
 MODELS = ("decoder", "recurrent", "gru")
 
 @jit
-def one_step(s, table, weights, state, row, time, hidden):
+def one_step(sizes, table, weights, state, row, time, hidden):
     "A payment's probability of fraud; its embedding into `hidden` [D], and what is to be known of it into `state`."
-    token = np.empty(s.width, np.float32)
-    if s.model == 0: at = step_decoder(s, table, weights, state, row, time, token)
-    elif s.model == 1: at = step_recurrent(s, table, weights, state, row, time, token)
-    else: at = step_gru(s, table, weights, state, row, time, token)
+    model, D = sizes[0], sizes[1]
+    token = np.empty(D, np.float32)
+    if model == 0: at = step_decoder(sizes, table, weights, state, row, time, token)
+    elif model == 1: at = step_recurrent(sizes, table, weights, state, row, time, token)
+    else: at = step_gru(sizes, table, weights, state, row, time, token)
     normalise(token, hidden)
-    judge, logit = at + s.width + 1, weights[at + s.width]
-    for j in range(s.width):
+    logit = weights[at + D]
+    for j in range(D):
         hidden[j] *= weights[at + j]
-        logit += hidden[j] * weights[judge + j]
+        logit += hidden[j] * weights[at + D + 1 + j]
     return sigmoid(logit)
 
 @jit
-def many_steps(s, table, weights, states, which, rows, times, scores):
+def many_steps(sizes, table, weights, states, which, rows, times, scores):
     "Steps of many payments, one after the other, on the states [S, …] of their payers."
-    hidden = np.empty(s.width, np.float32)
-    for i in range(len(which)): scores[i] = one_step(s, table, weights, states[which[i]], rows[i], times[i], hidden)
+    hidden = np.empty(sizes[1], np.float32)
+    for i in range(len(which)): scores[i] = one_step(sizes, table, weights, states[which[i]], rows[i], times[i], hidden)
 
 # %% ../../nbs/30_models/30_steps.ipynb #3c2482b0
 def pack_decoder(o: dict, weights: dict) -> list[np.ndarray]:
@@ -476,7 +464,8 @@ def pack_gru(o: dict, weights: dict) -> list[np.ndarray]:
 class Stepper:
     "A model with its weights, one payment at a time."
     size: int                # bytes of a payer's state
-    sizes: Sizes
+    width: int               # D
+    sizes: tuple[int, ...]
     table: np.ndarray        # how columns are read
     weights: np.ndarray      # all of them, in the order in which they are read
 
@@ -489,7 +478,7 @@ class Stepper:
     def step(self, state: np.ndarray, row: np.ndarray, time: int) -> tuple[float, np.ndarray]:
         "Probability of fraud and embedding [D] of a payment, `row` float32 [F], at `time` in microseconds since 1970; changes `state`."
         self._check(state.shape, row.shape)
-        hidden = np.empty(self.sizes.width, np.float32)
+        hidden = np.empty(self.width, np.float32)
         return self._run(one_step, state, row, time, hidden), hidden
 
     def steps(self, states: np.ndarray, which: np.ndarray, rows: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -547,14 +536,15 @@ def make_stepper(
     start = sum(p.size for p in (*fields, filler, periods))
     last = taken(weights, "norm.scale", D), taken(weights, "judge.bias"), taken(weights, "judge.kernel", D)
     memory = 8 * (room + 1) + 2 * o["layers"] * o["key_heads"] * room * (2 * d + 4) if name == "decoder" else 8 * o["layers"] * D
-    sizes = Sizes(MODELS.index(name), D, o["layers"], o["pieces"] * (o["numbers"] != "pieces"), start,
-                  o["heads"], o["key_heads"], room)
-    stepper = Stepper(HEAD + memory, sizes, table, in_one([*fields, filler, periods, *PACK[name](o, weights), *last]))
+    waves = o["pieces"] * (o["numbers"] != "pieces")
+    sizes = (MODELS.index(name), D, o["layers"], waves, start, o["heads"], o["key_heads"], room)
+    stepper = Stepper(HEAD + memory, D, sizes, table, in_one([*fields, filler, periods, *PACK[name](o, weights), *last]))
     return compiled(stepper)
 
 def compiled(stepper: Stepper) -> Stepper:
-    "`stepper`, after its first steps; from then on nothing is compiled for arrays of other types."
+    "`stepper`, after its first steps; from then on nothing is compiled for arrays of other types. What is only read may be read-only."
     row, first = np.zeros((1, stepper.table[-1, 1]), np.float32), np.zeros(1, np.int64)
+    for array in (row, first): array.flags.writeable = False
     stepper.step(stepper.empty(), row[0], 0)
     stepper.steps(stepper.empty()[None], first, row, first)
     for function in (one_step, many_steps): function.disable_compile()
