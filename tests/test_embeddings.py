@@ -203,7 +203,7 @@ def test_no_embedding_sees_the_future(world, learned, until):
         return subject
 
     for honest in (payment, payer(timedelta())):
-        assert audit(honest, world, cuts=2, tolerance=1e-5) == []
+        assert audit(honest, world, cuts=2, tolerance=1e-5, effort=4) == []
     assert audit(payer(timedelta(days=3)), world, cuts=1, tolerance=1e-5, effort=4)
 
 

@@ -319,21 +319,20 @@ def slowly(module: FieldEmbedding, row: np.ndarray, hidden: np.ndarray) -> np.nd
     weights = {key: np.asarray(value[...], np.float64) for key, value in vars(module).items() if isinstance(value, nnx.Variable)}
     tables = iter([np.asarray(x[...], np.float64) for x in module.tables])
     numbers = zip(*(weights[key] for key in ("edges", "mean", "deviation", "numbers")), strict=True)
-    frequencies, weeks = iter(weights.get("frequencies", ())), iter(weights["weeks"])
+    frequencies, weeks = iter(weights.get("frequencies", ())), iter(weights.get("weeks", ()))
     total, at = weights["bias"], 0
     for c, hide, instead in zip(module.columns, hidden, weights["hidden"], strict=True):
         values = row[at : at + c.width].astype(np.float64)
         at += c.width
         if c.kind in NUMBERS:
             edges, mean, deviation, kernel = next(numbers)
-            squash = (lambda x: np.sign(x) * np.log1p(np.abs(x))) if c.kind != "numeric" else np.array
-            number, edges = squash(values[0]), squash(edges)
-            whole = np.clip((number - mean) / deviation, -5, 5)
-            read = [whole]
+            number = values[0]
+            whole = np.clip((np.array([number, np.sign(number) * np.log1p(np.abs(number))]) - mean) / deviation, -5, 5)
+            read = [*whole]
             if module.way != "periodic":
                 read += [np.clip((number - a) / (b - a), 0, 1) if b > a else 0 for a, b in pairwise(edges)]
             if module.way != "pieces":
-                angles = 2 * np.pi * whole * next(frequencies)
+                angles = 2 * np.pi * whole[0] * next(frequencies)
                 read += [*np.sin(angles), *np.cos(angles)]
             add = np.array(read) @ kernel
         elif c.kind == "calendar":

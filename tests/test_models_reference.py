@@ -117,7 +117,7 @@ def payers():
 
 
 def test_decoder_is_its_formula():
-    model = resolve("model", "decoder")(DATA.columns, width=16, layers=2, heads=2, key_heads=1, window=4, pieces=8, kept="float32")
+    model = resolve("model", "decoder")(DATA.columns, width=16, layers=2, heads=2, key_heads=1, window=4, pieces=8)
     weights = init(model)
     found, hand = embed_all(model, weights, SMALL, np.arange(24)), ByHand(weights)
     for of, seconds, gaps in payers():

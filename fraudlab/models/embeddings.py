@@ -102,7 +102,7 @@ class FieldEmbedding(nnx.Module):
         refuse_unknown([numbers], ("pieces", "periodic", "both"), "way to read numbers")
         n, weeks, around = len(of_kinds(columns, *NUMBERS)), len(of_kinds(columns, "calendar")), 2 * HARMONICS.size
         read = 2 + pieces * (numbers != "periodic") + 2 * pieces * (numbers != "pieces")        # S, of each number
-        scale = np.where(np.arange(read) < 2, 1, pieces ** -.5).astype(np.float32)[None, :, None]
+        scale = np.where(np.arange(read) < 2, 2 ** -.5, pieces ** -.5).astype(np.float32)[None, :, None]
         sizes = np.cumsum([n * read, weeks * around, *(c.cardinality for c in columns if c.kind in IDS)])
         drawn = jax.random.normal(rngs.params(), (sizes[-1] + len(columns), width)) / len(columns) ** .5
         of_numbers, of_weeks, *of_tables, hidden = jnp.split(drawn, sizes)

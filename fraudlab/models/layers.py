@@ -23,10 +23,11 @@ from .embeddings import FieldEmbedding, Fixed, fit_fields
 
 # %% ../../nbs/30_models/10_layers.ipynb #522dd542
 def causal(inputs: Inputs, window: int | None = None) -> Bool[Array, "B 1 T T"]:
-    "Whether token `[b, 0, i]` sees `[b, 0, :, j]`: j is i, or of the same sequence, strictly earlier and less than `window` places back."
+    "Whether token `[b, 0, i]` sees `[b, 0, :, j]`: j is i, or one of the `window` - 1 latest strictly earlier ones of its sequence."
     i, j = _places(inputs.before.shape[1])
     same = inputs.sequence[:, :, None] == inputs.sequence[:, None, :]
-    earlier = same & (j <= inputs.before[:, :, None]) & (i - j < (window or CLOCK))
+    last = inputs.before[:, :, None]
+    earlier = same & (j <= last) & (last - j < (window or CLOCK) - 1)
     return (earlier | (i == j))[:, None]
 
 def both_ways(inputs: Inputs) -> Bool[Array, "B 1 T T"]:

@@ -67,7 +67,7 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray: return np.random.de
 def schedule(recipe: Recipe, steps: int) -> optax.Schedule:
     "Learning rate by count of steps before: up in a line from near 0, down to 0 along a cosine."
     rising = max(1, round(recipe.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(recipe.learning_rate / (rising + 1), recipe.learning_rate, rising, steps)
+    return optax.warmup_cosine_decay_schedule(recipe.learning_rate / (rising + 1), recipe.learning_rate, rising, max(steps, rising + 1))
 
 def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     "AdamW on clipped gradients."

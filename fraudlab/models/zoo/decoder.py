@@ -29,7 +29,7 @@ class Decoder(ModuleNetwork):
     numbers: str = "pieces"  # how a number is given: pieces, periodic or both
 
     @property
-    def history(self) -> int: return self.layers * (self.window - 1)
+    def history(self) -> int: return self.layers * (self.window + 7)    # up to eight at an instant
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return Transformer(self.columns, self.width, self.layers, self.heads, self.key_heads, self.pieces, self.numbers, self.window, rngs=rngs)
