@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['advance', 'SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'step', 'refuse_non_finite', 'describe',
-           'begin', 'batch', 'train', 'fit']
+           'without_heads', 'begin', 'batch', 'train', 'fit']
 
 # %% ../../nbs/40_training/20_loop.ipynb #6dda437f
 import sys
@@ -110,6 +110,10 @@ def describe(
             "start": start and weights_hash(start)}
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811996
+def without_heads(weights: Weights) -> Weights:
+    "Weights of the model alone, without the layers that only an objective needed."
+    return {key: value for key, value in weights.items() if not key.startswith("head.")}
+
 SAMPLE = 50_000   # tokens that scales and edges are fitted on
 
 def begin(
@@ -120,7 +124,7 @@ def begin(
         sample = inputs(dataset, planned, np.arange(0, len(planned), -(-planned.at.size // SAMPLE)))
         check_inputs(model, sample)
         start = model.init(sample, seed)
-    return split({**start, **objective.init(model, seed)}, recipe.adapt, recipe.rank, seed)
+    return split({**without_heads(start), **objective.init(model, seed)}, recipe.adapt, recipe.rank, seed)
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811997
 def batch(
@@ -135,7 +139,7 @@ def train(
     model: Network, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Objective, recipe: Recipe, seed: int,
     start: Weights | None, checkpoints: Path | None, log: Callable[[int, dict[str, float]], None] | None, progress: bool,
 ) -> Weights:
-    "Weights of a network after all steps; arguments as for `fit`."
+    "Weights of a network after all steps, and those of its objective's layers; arguments as for `fit`."
     windows = model.windows and not objective.whole
     planned = plan(dataset, positions, model.history if windows else recipe.context, recipe.room, windows)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
@@ -172,7 +176,7 @@ def train(
                 if log: log(at, figures)
                 state["sums"] = zeros()
             if keeps and kept: kept.save(at, state)
-    return {key: np.asarray(value) for key, value in merge({**state["weights"], **fixed}).items() if not key.startswith("head.")}
+    return {key: np.asarray(value) for key, value in merge({**state["weights"], **fixed}).items()}
 
 # %% ../../nbs/40_training/20_loop.ipynb #1153b976
 @jaxtyped(typechecker=beartype)
@@ -200,5 +204,5 @@ def fit(
     if network and objective is None:
         raise ValueError(f"{type(network).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
     if network and (network is model or start is None):
-        start = train(network, dataset, positions, labels, objective, recipe, seed, start, checkpoints, log, progress)
+        start = without_heads(train(network, dataset, positions, labels, objective, recipe, seed, start, checkpoints, log, progress))
     return start if network is model else model.fit_on(dataset, known, truth, seed, start)
