@@ -116,7 +116,7 @@ def started(
     *,
     log: str | Path,                # file for what it prints
     port: int = 0,                  # 0: any free one
-    patience: float = 120.,         # seconds until it must be ready; steps are compiled at the first start
+    patience: float = 180.,         # seconds until it must be ready; steps are compiled at the first start
     **options,                      # of `serve_command`
 ) -> Iterator[str]:
     "Run the service; gives its address, such as http://127.0.0.1:3000, once it is ready. Stopped at the end, with all its processes."
@@ -127,7 +127,7 @@ def started(
 
 # %% ../../nbs/70_serving/40_bento.ipynb #f55539b9
 @contextmanager
-def running(command: list[str], environment: dict[str, str], address: str, log: Path, patience: float = 120.) -> Iterator[str]:
+def running(command: list[str], environment: dict[str, str], address: str, log: Path, patience: float = 180.) -> Iterator[str]:
     "Run `command` until the end of the block, which starts when `address` is ready; raises `RuntimeError` with the log if it never is."
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
