@@ -121,7 +121,7 @@ def test_decoder_is_its_formula():
     weights = init(model)
     found, hand = embed_all(model, weights, SMALL, np.arange(24)), ByHand(weights)
     for of, seconds, gaps in payers():
-        sees = [[j for j in range(i) if seconds[j] < seconds[i] and i - j < 4] + [i] for i in range(len(of))]
+        sees = [[*np.flatnonzero(seconds < seconds[i])[-3:], i] for i in range(len(of))]
         np.testing.assert_allclose(found[of], hand.transformer(hand.embed(ROWS[of], gaps), seconds, sees), atol=2e-5)
 
 
