@@ -71,7 +71,7 @@ class State:
         address: str,           # as in `features.stores.open_store`
         lateness: str = "1d",   # how much later than an entity's newest payment one may come and still count
     ):
-        self.features, self.stepper, self.windows = FeatureSet.from_dict(bundle.features), bundle.stepper, bundle.windows
+        self.features, self.stepper = FeatureSet.from_dict(bundle.features), bundle.stepper
         self.history = 0 if self.stepper else bundle.history
         self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address)
@@ -188,7 +188,7 @@ def see(
     time, key = microseconds(p["event_time"]), _past_key(state, p["payer_id"])
     past = np.frombuffer(held.get(key) or b"", state.dtype)
     if key and new: held[key] = append_history(past, time, row, state.history).tobytes()
-    before = np.searchsorted(past["time"], time) if state.windows else np.searchsorted(past["time"], time, "right") - (not new)
+    before = np.searchsorted(past["time"], time)
     return row, past[:max(0, before)]
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f00b
