@@ -159,7 +159,7 @@ def fresh(name: str):
 def latest(data, model, position: int) -> Inputs:
     """What a service shows of the payment at `position`, from its payer's payments."""
     place = data.place[position]
-    past = data.order[data.start[place] : data.end[place] if model.windows else place]
+    past = data.order[data.start[place] : data.end[place]]
     at = np.append(past, position)
     return tokens_of(data.times[at], data.rows[at], model.history + 1)
 
@@ -287,6 +287,6 @@ def test_the_card_says_what_a_scorer_needs(made):
     bundle = load(made[0], made[1].public)
     assert bundle.features == FEATURES.to_dict()
     assert [c["name"] for c in bundle.columns] == [c.name for c in COLUMNS]
-    assert (bundle.history, bundle.windows, bundle.buckets, bundle.entities, len(bundle.version)) == (3, False, [1, 8], True, 12)
+    assert (bundle.history, bundle.buckets, bundle.entities, len(bundle.version)) == (3, [1, 8], True, 12)
     assert (bundle.memory, bundle.stepper) == ("", None)
     assert bundle.schema["$defs"]["Payment"]["required"][:2] == ["payment_id", "event_time"]

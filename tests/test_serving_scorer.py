@@ -31,7 +31,7 @@ def test_payments_of_nobody_have_no_history_online_as_offline():
     encoding = Encoding.fit(payments, [Column("amount")])
     data = Dataset(encoding.encode(payments), encoding.columns, payments["payer_id"], payments["event_time"])
     until = int((start + timedelta(hours=2)).timestamp() * 1e6)
-    about = {"features": FeatureSet().to_dict(), "columns": encoding.to_dict(), "history": 3, "windows": False, "stepper": None}
+    about = {"features": FeatureSet().to_dict(), "columns": encoding.to_dict(), "history": 3, "stepper": None}
 
     scorer = Scorer(
         SimpleNamespace(**about, score=lambda shown: shown.rows[:, -1, 0] + 100 * (shown.sequence > 0).sum(1)), "sqlite::memory:"

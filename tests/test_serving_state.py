@@ -75,7 +75,7 @@ def made(n=400, days=60):
     frame = payments.join(compute(FEATURES, payments, labels), on="payment_id", maintain_order="left")
     encoding = Encoding.fit(frame[:200], [Column(name) for name in ("amount", *FEATURES.names)])
     data = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
-    about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "windows": True, "stepper": None}
+    about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "stepper": None}
     bundle, offline = SimpleNamespace(**about, score=total), score_all(Total(data.columns), {}, data, np.arange(n))
     return SimpleNamespace(bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=offline, times=times, data=data)
 

@@ -146,7 +146,7 @@ def write(
         raise FileExistsError(f"{folder} exists, and a bundle is never changed. Choose another name, or delete it if nothing uses it.")
     weights, about = {name: _weight(name, w) for name, w in sorted(weights.items())}, _describe(model, weights)
     files = {WEIGHTS: safetensors.save(weights)} | _programs(model, weights, buckets)
-    card = {"format": FORMAT, "name": folder.name, "model": about, "history": model.history, "windows": model.windows,
+    card = {"format": FORMAT, "name": folder.name, "model": about, "history": model.history,
             "buckets": [] if WHOLE in files else sorted(buckets), "memory": _memory(about, files[WEIGHTS]) if WHOLE in files else "",
             "columns": [asdict(c) for c in model.columns], "features": features, "entities": entities,
             "fields": [asdict(f) for f in fields], "evaluation": evaluation, "lineage": lineage}

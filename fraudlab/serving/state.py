@@ -189,7 +189,7 @@ def see(
     past = np.frombuffer(held.get(key) or b"", state.dtype)
     if key and new: held[key] = append_history(past, time, row, state.history).tobytes()
     before = np.searchsorted(past["time"], time)
-    return row, past[:max(0, before)]
+    return row, past[:before]
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f00b
 def step(
