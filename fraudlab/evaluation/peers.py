@@ -10,6 +10,7 @@ __all__ = ['Step', 'ENGINES', 'need_torch', 'turned', 'rotate', 'attend', 'gated
 # %% ../../nbs/50_evaluation/70_peers.ipynb #7bcfdff1
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from time import perf_counter
@@ -190,15 +191,15 @@ Step = Callable[[Inputs, Targets], float]    # the loss of a batch, before it wa
 # %% ../../nbs/50_evaluation/70_peers.ipynb #d3a83059
 def our_step(task: Task, precision: str = "float32") -> Step:
     "Our training step, with matrix products of numbers in `precision`."
+    recipe = replace(task.recipe, precision=precision)
     trained, fixed = split({name: np.array(w) for name, w in task.weights.items()}, "full", 1, 0)     # copies: a step uses up its state
     sums = {name: np.zeros((), np.float32) for name in ("loss", "gradient_norm", "weight_norm")}
-    state = {"weights": trained, "optimizer": make_optimizer(task.recipe, task.steps).init(trained), "sums": sums}
+    state = {"weights": trained, "optimizer": make_optimizer(recipe, task.steps).init(trained), "sums": sums}
     fixed, key, total = jax.device_put(fixed), jax.random.key(0), 0.0
 
     def step(inputs: Inputs, targets: Targets) -> float:
         nonlocal state, total
-        with jax.default_matmul_precision(precision):
-            state = advance(state, fixed, inputs, targets, key, model=task.model, objective=Fraud(), recipe=task.recipe, steps=task.steps)
+        state = advance(state, fixed, inputs, targets, key, model=task.model, objective=Fraud(), recipe=recipe, steps=task.steps)
         before, total = total, float(state["sums"]["loss"])
         return total - before
     return step

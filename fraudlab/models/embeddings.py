@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'WEEK', 'HARMONICS', 'of_kinds', 'places', 'both', 'in_pie
            'looked_up', 'Fixed', 'FieldEmbedding', 'classes', 'as_classes']
 
 # %% ../../nbs/30_models/05_embeddings.ipynb #092cfcfd
-from math import pi
+from math import pi, prod
 from typing import Literal
 
 import jax
@@ -114,11 +114,12 @@ class FieldEmbedding(nnx.Module):
         self.tables, self.hidden, self.bias = nnx.List(map(nnx.Param, of_tables)), nnx.Param(hidden), nnx.Param(jnp.zeros(width))
 
     def __call__(self, rows: Float32[Array, "... F"], hidden: Bool[Array, "... C"] | None = None) -> Float32[Array, "... D"]:
-        token, parts = _alike(self.bias[...], rows.ndim), [(NUMBERS, self.read(rows), self.numbers[...])]
+        parts = [(NUMBERS, self.read(rows), self.numbers[...])]
         if hasattr(self, "weeks"): parts.append((("calendar",), round_the_week(rows[..., places(self.columns, "calendar")]), self.weeks[...]))
-        for kinds, values, weights in parts:
-            if hidden is not None: values = jnp.where(hidden[..., of_kinds(self.columns, *kinds), None], 0, values)
-            token += values.reshape(*rows.shape[:-1], -1).astype(weights.dtype) @ weights.reshape(-1, weights.shape[-1])
+        show = lambda values, kinds: values if hidden is None else jnp.where(hidden[..., of_kinds(self.columns, *kinds), None], 0, values)
+        values = jnp.concatenate([show(values, kinds).reshape(-1, prod(values.shape[-2:])) for kinds, values, _ in parts], 1)
+        weights = jnp.concatenate([weights.reshape(-1, weights.shape[-1]) for *_, weights in parts])
+        token = (values @ weights).reshape(*rows.shape[:-1], -1) + _alike(self.bias[...], rows.ndim)
         for i, at, table in zip(of_kinds(self.columns, *IDS), places(self.columns, *IDS), self.tables, strict=True):
             row = looked_up(table[...], rows[..., at:at + self.columns[i].width])
             token += row if hidden is None else jnp.where(hidden[..., i, None], 0, row)

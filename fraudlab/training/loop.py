@@ -22,6 +22,7 @@ from beartype import beartype
 from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
+from ..core.errors import refuse_unknown
 from ..features.sequences import Dataset, Inputs, Plan, inputs, plan
 from ..models.contract import Model, Network, Weights, check_inputs, check_labels, to_dict, weights_hash
 from .adaptation import merge, split
@@ -41,8 +42,11 @@ class Recipe:
     clip: float = 1.0              # gradients are scaled down to this norm
     adapt: str = "full"            # which weights are trained: full, frozen (the last layer) or lora
     rank: int = 8                  # of lora's products
+    precision: str = "float32"     # of the numbers in matrix products: float32 or bfloat16; all else stays in float32
     checkpoint_every: int = 100    # steps
     log_every: int = 20            # steps
+
+    def __post_init__(self): refuse_unknown([self.precision], ("float32", "bfloat16"), "precision")
 
     @property
     def rows(self) -> int: return max(1, self.tokens // self.room)
@@ -81,7 +85,7 @@ def step(
 ) -> dict:
     "The state after one more step on a batch."
     loss_of = lambda weights: objective(model, merge({**weights, **fixed}), inputs, targets, key)
-    loss, gradient = jax.value_and_grad(loss_of)(state["weights"])
+    with jax.default_matmul_precision(recipe.precision): loss, gradient = jax.value_and_grad(loss_of)(state["weights"])
     with jax.numpy_dtype_promotion("standard"):                                    # Optax multiplies whole numbers with real ones
         updates, moments = make_optimizer(recipe, steps).update(gradient, state["optimizer"], state["weights"])
     weights = optax.apply_updates(state["weights"], updates)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32
 from ...core.registry import register
 from ...features.encoding import IDS, Column
 from ..embeddings import NUMBERS, FieldEmbedding, looked_up, of_kinds, places, round_the_week
-from ..layers import ELAPSED, Block, ModuleNetwork, Transformer
+from ..layers import ELAPSED, Block, Linear, ModuleNetwork, Transformer
 
 # %% ../../../nbs/30_models/zoo/encoder.ipynb #e2c00005
 class FieldsApart(FieldEmbedding):
@@ -45,7 +45,7 @@ class AcrossFields(FieldsApart):
     def __init__(self, columns: tuple[Column, ...], pieces: int, width: int, numbers: str, layers: int, *, rngs: nnx.Rngs):
         super().__init__(columns, pieces, width, numbers, rngs=rngs)
         small, c = width // 4, len(columns)
-        self.narrow, self.wide = (nnx.Linear(*shape, use_bias=False, rngs=rngs) for shape in ((width, small), (c * small, width)))
+        self.narrow, self.wide = (Linear(*shape, use_bias=False, rngs=rngs) for shape in ((width, small), (c * small, width)))
         self.which = nnx.Param(jax.random.normal(rngs.params(), (1, c, small)) / c ** .5)          # a column's name, so to say
         self.blocks = nnx.List([Block(small, 2, 2, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.RMSNorm(small, rngs=rngs)

@@ -19,14 +19,14 @@ from ...features.encoding import Column
 from ...features.sequences import Inputs
 from ..contract import EVERYTHING
 from ..embeddings import FieldEmbedding
-from ..layers import ELAPSED, ModuleNetwork, fields
+from ..layers import ELAPSED, Linear, ModuleNetwork, fields
 
 # %% ../../../nbs/30_models/zoo/gru.ipynb #64000005
 class Unit(nnx.Module):
     "`[B, T, D]` to `[B, T, D]`: the memory after each payment."
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.payment, self.memory = (nnx.Linear(width, 3 * width, rngs=rngs) for _ in range(2))     # r, z, n side by side
+        self.payment, self.memory = (Linear(width, 3 * width, rngs=rngs) for _ in range(2))     # r, z, n side by side
 
     def __call__(self, tokens: Float32[Array, "B T D"], inputs: Inputs) -> Float32[Array, "B T D"]:
         first = jnp.pad(inputs.sequence[:, 1:] != inputs.sequence[:, :-1], ((0, 0), (1, 0)), constant_values=True)

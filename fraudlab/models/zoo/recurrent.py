@@ -19,7 +19,7 @@ from ...features.encoding import Column
 from ...features.sequences import Inputs
 from ..contract import EVERYTHING
 from ..embeddings import FieldEmbedding
-from ..layers import ELAPSED, Gated, ModuleNetwork, fields
+from ..layers import ELAPSED, Gated, Linear, ModuleNetwork, fields
 
 # %% ../../../nbs/30_models/zoo/recurrent.ipynb #4ec00005
 def remember(
@@ -39,9 +39,9 @@ class Recurrence(nnx.Module):
     "`[B, T, D]` to `[B, T, D]`: gated memory."
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        linear = lambda: nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        linear = lambda: Linear(width, width, use_bias=False, rngs=rngs)
         self.open, self.value, self.out = linear(), linear(), linear()
-        self.stay, self.take = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+        self.stay, self.take = (Linear(width, width, rngs=rngs) for _ in range(2))
         staying = jax.random.uniform(rngs.params(), (width,), minval=.9, maxval=.999)
         self.rate = nnx.Param(jnp.log(jnp.expm1(-jnp.log(staying) / 4)))     # a gate is half open at first: 8 × .5 × softplus = -log a
 

@@ -20,7 +20,7 @@ from ...features.encoding import IDS, Column
 from ...features.sequences import CLOCK, Inputs
 from ..contract import Weights
 from ..embeddings import NUMBERS, WEEK, both, classes, of_kinds, places
-from ..layers import (ELAPSED, Attention, Block, ModuleNetwork, Transformer, _blank, both_ways, causal, fields, rotate, turns,
+from ..layers import (ELAPSED, Attention, Block, Linear, ModuleNetwork, Transformer, _blank, attend, both_ways, causal, fields, rotate, turns,
                                     with_weights)
 
 # %% ../../../nbs/30_models/zoo/seq2seq.ipynb #52500005
@@ -31,8 +31,7 @@ class CrossAttention(Attention):
                  memory: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
         split = lambda x, heads: x.reshape(*x.shape[:2], heads, -1)
         query, key = rotate(split(self.query(tokens), self.heads), turned), rotate(split(self.key(memory), self.key_heads), turned)
-        mixed = jax.nn.dot_product_attention(query, key, split(self.value(memory), self.key_heads), mask=visible)
-        return self.out(mixed.reshape(tokens.shape))
+        return self.out(attend(query, key, split(self.value(memory), self.key_heads), visible).reshape(tokens.shape))
 
 # %% ../../../nbs/30_models/zoo/seq2seq.ipynb #52500007
 class EncoderDecoder(Transformer):
@@ -44,7 +43,7 @@ class EncoderDecoder(Transformer):
         self.before_cross = nnx.List([nnx.RMSNorm(width, rngs=rngs) for _ in each])
         self.cross = nnx.List([CrossAttention(*heads, rngs=rngs) for _ in each])
         self.told_blocks = nnx.List([Block(*heads, rngs=rngs) for _ in each])
-        self.told_norm, self.told = nnx.RMSNorm(width, rngs=rngs), nnx.Linear(width, sum(model.classes), rngs=rngs)
+        self.told_norm, self.told = nnx.RMSNorm(width, rngs=rngs), Linear(width, sum(model.classes), rngs=rngs)
 
     def tell(self, inputs: Inputs, shown: Bool[Array, "B T"], hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T V"]:
         "Log-odds, up to a constant a column, of the classes of each payment's next payment."
