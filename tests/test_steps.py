@@ -62,6 +62,7 @@ MODELS = {
     "decoder_odd": ("decoder", {"width": 12, "heads": 2, "key_heads": 2, "window": 3, "numbers": "both"}),
     "decoder": ("decoder", {"width": 8, "layers": 2, "heads": 2, "key_heads": 1, "window": 64}),
     "decoder_alone": ("decoder", {"width": 16, "layers": 1, "heads": 4, "key_heads": 2, "window": 1, "numbers": "periodic"}),
+    "decoder_shallow": ("decoder", {"width": 16, "layers": 1, "heads": 2, "key_heads": 1, "window": 3}),
     "recurrent": ("recurrent", {"width": 24, "layers": 3, "numbers": "both"}),
     "gru": ("gru", {"width": 8, "layers": 2}),
 }
@@ -136,13 +137,30 @@ def test_a_late_payment_sees_what_was_strictly_before_it():
     assert abs(stepper.step(state, data.rows[0], after)[0] - stepper.step(before, data.rows[0], after)[0]) > 1e-5
 
 
-def test_more_payments_at_one_instant_than_are_kept_still_see_what_is_strictly_before_them():
-    model, weights, stepper = made("decoder_odd")
+def test_late_payments_do_not_push_out_newer_ones():
+    """One layer, so that what a payment looked at is all that counts; the fifth of twelve comes after the tenth."""
+    model, weights, stepper = made("decoder_shallow")
+    data = anna(np.arange(12) * 3_600_000_000)
+    state, came = stepper.empty(), [0, 1, 2, 3, 5, 6, 7, 8, 9, 4, 10, 11]
+    found = {i: stepper.step(state, data.rows[i], int(data.times[i]))[0] for i in came}
+    expected = score_all(model, weights, data, np.arange(12))
+    np.testing.assert_allclose([found[i] for i in (4, 9, 10, 11)], expected[[4, 9, 10, 11]], atol=3e-5)
+
+
+@pytest.mark.parametrize(("case", "tied"), [("decoder_odd", 9), ("decoder", 9), ("decoder_shallow", 20)])
+def test_many_payments_at_one_instant_are_scored_as_in_the_whole_sequence(case, tied):
+    """Up to nine; with one layer more of them do not matter for those after them."""
+    model, weights, stepper = made(case)
+    data = anna(np.concatenate([np.arange(20), np.full(tied, 20), [21, 22, 23]]) * 3_600_000_000)
+    found = stepper.steps(stepper.empty()[None], np.zeros(len(data), int), data.rows, data.times)
+    same = np.r_[: 20 + steps.TIES + 1, -3, -2, -1]
+    np.testing.assert_allclose(found[same], score_all(model, weights, data, np.arange(len(data)))[same], atol=3e-5)
+
+
+def anna(times: np.ndarray) -> Dataset:
+    """Payments of one payer at these times, in microseconds."""
     data, _ = payments()
-    times = np.minimum(np.arange(40), 20) * 3_600_000_000  # twenty at the last instant
-    one = Dataset(data.rows[:40], COLUMNS, pl.Series(["anna"] * 40), pl.Series(times).cast(pl.Datetime("us", "UTC")))
-    found = stepper.steps(stepper.empty()[None], np.zeros(40, int), one.rows, one.times)
-    np.testing.assert_allclose(found, score_all(model, weights, one, np.arange(40)), atol=3e-5)
+    return Dataset(data.rows[: len(times)], COLUMNS, pl.Series(["anna"] * len(times)), pl.Series(times).cast(pl.Datetime("us", "UTC")))
 
 
 @pytest.mark.parametrize("name", ["recurrent", "gru"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from .intervals import _bounds, _defined, _measured, payer_draws
+from .intervals import _bounds, _defined, _measured, joint_draws
 from .metrics import Ranked, rank
 
 # %% ../../nbs/50_evaluation/15_folds.ipynb #0bf01005
@@ -53,8 +53,14 @@ def measure(
     measures = _defined(ranked[0][0], budget, false_positive_ratio)
     def each(copies):
         return np.array([[_measured(measures, r, copies and copies[i]) for r in seeds] for i, seeds in enumerate(ranked)])
-    drawn = zip(*(payer_draws(seeds[0], draws, seed + i) for i, seeds in enumerate(ranked)), strict=True)      # folds are drawn apart
+    drawn = joint_draws([seeds[0] for seeds in ranked], _who(trials, ranked), draws, seed)
     return Measured(tuple(measures), each(None), np.array([each(copies).mean((0, 1)) for copies in drawn]))
+
+def _who(trials: Trials, ranked: list[list[Ranked]]) -> list[np.ndarray]:
+    "For each fold the numbers of its payers among those of all folds; without payers, payments of different folds are different."
+    names = [seeds[0]["payer_id" if of[0].payers else "payment_id"].unique().sort() for seeds, of in zip(trials, ranked, strict=True)]
+    everyone = pl.concat(names).unique().sort()
+    return [everyone.search_sorted(of).to_numpy() for of in names]
 
 # %% ../../nbs/50_evaluation/15_folds.ipynb #0bf01007
 def summary(found: Measured, level: float = 0.95) -> dict[str, float]:

@@ -167,7 +167,7 @@ def embed_all(
     tokens: int = 8192,
 ) -> Float32[np.ndarray, "N D"]:
     "Embeddings of the payments at `positions`, each with what came before it."
-    return _all("hidden", model, weights, dataset, positions, tokens)
+    return _all("hidden", model, weights, dataset, positions, tokens) if len(positions) else np.empty((0, model.width), np.float32)
 
 # %% ../../nbs/30_models/00_contract.ipynb #485f7e28
 def name_of(model: Model) -> str:

@@ -107,11 +107,11 @@ def attend(
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(visible, fit, -1e30)), value)
 
 def _flash(query: Array, key: Array, value: Array, visible: Array) -> Array:
-    "JAX's own function; of bfloat16 on GPUs cuDNN's flash attention, which keeps no T × T (Dao et al. 2022, arXiv 2205.14135)."
+    "JAX's own function; of bfloat16 on GPUs cuDNN's flash attention where it takes such sizes (Dao et al. 2022, arXiv 2205.14135)."
     if jax.config.jax_default_matmul_precision != "bfloat16": return jax.nn.dot_product_attention(query, key, value, mask=visible)
     half = (x.astype(jnp.bfloat16) for x in (query, key, value))
-    kernel = "cudnn" if jax.default_backend() == "gpu" else None
-    return jax.nn.dot_product_attention(*half, mask=visible, implementation=kernel).astype(query.dtype)
+    fits = jax.default_backend() == "gpu" and query.shape[-1] % 8 == 0 and query.shape[1] % 2 == 0
+    return jax.nn.dot_product_attention(*half, mask=visible, implementation="cudnn" if fits else None).astype(query.dtype)
 
 # %% ../../nbs/30_models/10_layers.ipynb #4529cab6
 class Attention(nnx.Module):
@@ -196,8 +196,11 @@ class ModuleNetwork(Network):
 
     def hidden(self, weights: Weights, inputs: Inputs, hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T D"]:
         "Embedding of each payment and what came before it."
-        module = {k: v for k, v in weights.items() if not k.startswith(("judge.", "head."))}
-        return with_weights(_blank(self), module)(inputs, hide)
+        return self.module(weights)(inputs, hide)
+
+    def module(self, weights: Weights) -> nnx.Module:
+        "The module with these weights; those of the judge and of objectives are not its."
+        return with_weights(_blank(self), {k: v for k, v in weights.items() if not k.startswith(("judge.", "head."))})
 
 # %% ../../nbs/30_models/10_layers.ipynb #1a7e0006
 @lru_cache

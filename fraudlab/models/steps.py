@@ -7,9 +7,10 @@ sequence."""
 __all__ = ['NUMBER', 'WEEKS', 'TABLE', 'WEEK', 'HARMONICS', 'NEVER', 'HEAD', 'TIES', 'MODELS', 'OPTIONS', 'PACK', 'jit',
            'as_real', 'exp', 'sigmoid', 'keep', 'multiply', 'through', 'add', 'normalise', 'taken', 'way', 'intervals',
            'pack_number', 'pack_fields', 'in_deviations', 'embed_number', 'embed_week', 'embed_ids', 'embed',
-           'seconds_since', 'turn', 'angles_of', 'attend', 'gated', 'look_back', 'take_place', 'note_time', 'exchange',
-           'step_decoder', 'arrive', 'fades', 'step_recurrent', 'step_gru', 'one_step', 'many_steps', 'pack_decoder',
-           'pack_gated', 'pack_recurrent', 'pack_gru', 'Stepper', 'check_options', 'in_one', 'make_stepper', 'compiled']
+           'seconds_since', 'turn', 'angles_of', 'attend', 'gated', 'look_back', 'oldest', 'take_place', 'note_time',
+           'exchange', 'step_decoder', 'arrive', 'fades', 'step_recurrent', 'step_gru', 'one_step', 'many_steps',
+           'pack_decoder', 'pack_gated', 'pack_recurrent', 'pack_gru', 'Stepper', 'check_options', 'in_one',
+           'make_stepper', 'compiled']
 
 # %% ../../nbs/30_models/30_steps.ipynb #339b7e8c
 import math
@@ -212,7 +213,7 @@ def embed(table, waves, weights, row, gap, token):
 # %% ../../nbs/30_models/30_steps.ipynb #4ca39747
 NEVER = np.iinfo(np.int64).min          # earlier than any time
 HEAD = 16                               # bytes: the newest instant and the one before
-TIES = 8                                # payments of one instant that a decoder's memory holds beside those of its window
+TIES = 8                                # payments that a decoder's memory holds beside those of its window: of one instant, or come late
 
 @jit
 def seconds_since(time, earlier):
@@ -277,23 +278,29 @@ def look_back(state, slots, room, time, seen):
     n, earlier, found = min(head[2], slots), NEVER, 0
     for known in head[:2]:
         if known < time: earlier = max(earlier, known)
-    for back in range(1, n + 1):
-        j = (head[2] - back) % slots
-        seen[j] = times[j] < time and found < room
+    for j in range(n):
+        seen[j] = times[j] < time
         if seen[j]: earlier, found = max(earlier, times[j]), found + 1
+    for _ in range(found - room): seen[oldest(times, seen, head[2], n)] = False
     seen[n] = True                                                # itself
     return earlier, n
+
+@jit
+def oldest(times, seen, came, n):
+    "The place of the oldest of those that are `seen`, of several at one instant the one that came first."
+    first = -1
+    for back in range(n, 0, -1):
+        j = (came - back) % len(times)
+        if seen[j] and (first < 0 or times[j] < times[first]): first = j
+    return first
 
 @jit
 def take_place(state, slots, time):
     "Write down a payment's time; its place in the ring."
     if slots == 0: return 0
     head, times = state[:HEAD + 8].view(np.int64), state[HEAD + 8:HEAD + 8 * (slots + 1)].view(np.int64)
-    tied = 0
-    for back in range(1, min(head[2], TIES) + 1): tied += times[(head[2] - back) % slots] == time
-    if tied < TIES: head[2] += 1                                  # else in place of the last
-    place = (head[2] - 1) % slots
-    times[place] = time
+    place = head[2] % slots
+    head[2], times[place] = head[2] + 1, time
     return place
 
 @jit

@@ -125,10 +125,14 @@ def begin(
 ) -> tuple[Weights, Weights]:
     "Weights to be trained, and those to be left alone, before the first step."
     if start is None:
+        if recipe.adapt != "full":
+            raise ValueError(f"adapt = '{recipe.adapt}' changes a network that was trained before, and none was given: give its weights as `start` "
+                             "(flow train: `pretrained`), or leave adapt as 'full'.")
         sample = inputs(dataset, planned, np.arange(0, len(planned), -(-planned.at.size // SAMPLE)))
         check_inputs(model, sample)
         start = model.init(sample, seed)
-    return split({**without_heads(start), **objective.init(model, seed)}, recipe.adapt, recipe.rank, seed)
+    copied = {key: np.array(value) for key, value in without_heads(start).items()}     # a step uses up what it is given
+    return split({**copied, **objective.init(model, seed)}, recipe.adapt, recipe.rank, seed)
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811997
 def batch(
@@ -141,7 +145,7 @@ def batch(
 # %% ../../nbs/40_training/20_loop.ipynb #eb811998
 def train(
     model: Network, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Objective, recipe: Recipe, seed: int,
-    start: Weights | None, checkpoints: Path | None, log: Callable[[int, dict[str, float]], None] | None, progress: bool,
+    start: Weights | None = None, checkpoints: Path | None = None, log: Callable[[int, dict[str, float]], None] | None = None, progress: bool = True,
 ) -> Weights:
     "Weights of a network after all steps, and those of its objective's layers; arguments as for `fit`."
     windows = model.windows and not objective.whole
@@ -188,7 +192,7 @@ def fit(
     model: Model,
     dataset: Dataset,                       # M payments
     positions: Int[np.ndarray, "N"],        # rows of `dataset` to train on
-    labels: pl.Series | np.ndarray | list,  # [M] whether each payment of `dataset` is a fraud; null: unknown, counts for nothing
+    labels: pl.Series | np.ndarray | list | None,  # [M] whether each payment of `dataset` is a fraud; null: unknown, counts for nothing
     objective: Objective | None = None,     # of networks: from `training/objectives`, such as `Fraud()`
     recipe: Recipe = Recipe(),              # of networks
     seed: int = 0,                          # an equal seed gives equal weights
@@ -198,13 +202,12 @@ def fit(
     progress: bool = True,                  # of networks: whether to show a bar on standard error
 ) -> Weights:
     "Train `model`; raises `ValueError` where there is nothing to tell apart, `FloatingPointError` where the loss leaves the numbers."
-    labels = pl.Series("is_fraud", labels, dtype=pl.Boolean)
+    labels = pl.Series("is_fraud", [None] * len(dataset) if labels is None else labels, dtype=pl.Boolean)
     if len(labels) != len(dataset):
         raise ValueError(f"There are {len(labels)} labels for {len(dataset)} payments: give one for each, null where it is unknown.")
     known = positions[labels.is_not_null().to_numpy()[positions]]
-    truth = labels[known].to_numpy()
-    check_labels(truth)
-    network = model if isinstance(model, Network) else model.network
+    truth, network = labels[known].to_numpy(), model if isinstance(model, Network) else model.network
+    if network is not model or objective is None or objective.supervised: check_labels(truth)
     if network and objective is None:
         raise ValueError(f"{type(network).__name__} is trained by gradients and needs an objective, such as resolve('objective', 'fraud')().")
     if network and (network is model or start is None):

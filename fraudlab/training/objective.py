@@ -26,7 +26,8 @@ class Targets(NamedTuple):
 # %% ../../nbs/40_training/00_objective.ipynb #0b100006
 class Objective:
     "What the plug-ins of `nbs/40_training/objectives` have in common: frozen dataclasses, registered by name."
-    whole: ClassVar[bool] = False   # it learns from whole sequences, of models that read windows too
+    supervised: ClassVar[bool] = False   # it learns from labels
+    whole: ClassVar[bool] = False        # it learns from whole sequences, of models that read windows too
 
     def init(self, model: Network, seed: int) -> Weights:
         "Weights of layers that only this objective needs, under `head.`; they are not part of the model that is kept."

@@ -11,8 +11,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float32, Int
 
 from ...core.registry import register
@@ -20,7 +18,7 @@ from ...features.sequences import CLOCK, Inputs
 from ...models.contract import Weights, name_of
 from ...models.layers import both_ways
 from ...models.zoo.seq2seq import Seq2seq
-from ..heads import sizes, truth
+from ..heads import losses_of, sizes, truth
 from ..objective import Objective, Targets, mean_where
 from .next_payment import next_place
 
@@ -69,7 +67,4 @@ class Denoising(Objective):
     ) -> Float32[Array, "B T K"]:
         "Of each payment and column that is told, of the payment at `next_place`."
         coming = jnp.take_along_axis(truth(model, weights, inputs), next_place(inputs)[0][..., None], axis=1)
-        counts = [n for n in sizes(model) if n]
-        parts = jnp.split(model.tell(weights, inputs, shown, hide), np.cumsum(counts)[:-1], axis=-1)
-        losses = [optax.softmax_cross_entropy_with_integer_labels(part, coming[..., i]) for i, part in enumerate(parts)]
-        return jnp.stack(losses, -1) / jnp.log(jnp.array([[counts]], jnp.float32))
+        return losses_of(model, model.tell(weights, inputs, shown, hide), coming)

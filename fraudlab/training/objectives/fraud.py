@@ -7,6 +7,7 @@ __all__ = ['Fraud']
 
 # %% ../../../nbs/40_training/objectives/fraud.ipynb #d85e807a
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class Fraud(Objective):
     focal: float = 0.0             # 0: plain cross-entropy
     hide: float = 0.0              # chance that a column of a payment is hidden
     hide_entities: float = 0.5     # and one of kind `entity`
+    supervised: ClassVar[bool] = True
 
     def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
         chances = [self.hide_entities if c.kind == "entity" else self.hide for c in model.columns]

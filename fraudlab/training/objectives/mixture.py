@@ -36,6 +36,9 @@ class Mixture(Objective):
     def __hash__(self) -> int: return hash(json.dumps([self.parts, self.options], sort_keys=True))
 
     @property
+    def supervised(self) -> bool: return any(part.supervised for part in self.objectives.values())
+
+    @property
     def whole(self) -> bool: return all(part.whole for part in self.objectives.values())
 
     @cached_property
