@@ -118,3 +118,8 @@ def test_table_of_differences_and_gaps(scores):
     with pytest.raises(ValueError, match="'aps' is no metric"):
         table(no_payers, ["aps"])
     assert np.isfinite(list(no_payers["decoder"].values())).all()
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_many_models_fit_in_one_chart(plot, scores):
+    assert len(data_of(plot({f"model {i}": scores["boosted"] for i in range(30)}))) <= 5000

@@ -57,10 +57,10 @@ def _curve(model: str, scores: pl.DataFrame, points: int) -> pl.DataFrame:
 # %% ../../nbs/50_evaluation/20_plots.ipynb #988a9807
 def precision_recall(
     scores: dict[str, pl.DataFrame],  # by model
-    points: int = 250,                # at most so many a curve
+    points: int = 250,                # at most so many a curve, and 5,000 in all, which is what Altair draws
 ) -> alt.LayerChart:
     "Precision against recall at all thresholds; the area under a curve is its average precision."
-    curves = pl.concat([_curve(model, s, points) for model, s in scores.items()])
+    curves = pl.concat([_curve(model, s, min(points, 5000 // len(scores))) for model, s in scores.items()])
     rate = float(next(iter(scores.values()))["is_fraud"].mean())
     lines = alt.Chart(curves).mark_line(interpolate="step-before").encode(
         alt.X("recall", title="recall: share of frauds found", **SHARE),
