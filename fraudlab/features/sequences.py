@@ -96,17 +96,22 @@ def _first_of_run(*keys: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(new, np.arange(n), 0))
 
 # %% ../../nbs/20_features/60_sequences.ipynb #5e001007
-def _runs(data: Dataset, places: np.ndarray, context: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    "First and last place of sequences in which each of the sorted `places` has `context` earlier payments, as far as there are so many and `room` allows."
-    first, last, end = [], [], data.end[places]
+def _runs(data: Dataset, places: np.ndarray, context: int, room: int) -> np.ndarray:
+    """Sequences in which each of the sorted `places` has `context` earlier payments, as far as there are so many and `room` allows.
+
+    `[4, S]`: places from `first` to before `edge`, and from `resume` to `last`; between them payments of one instant are left out, if they are too many."""
+    runs, end = [], data.end[places]
     lowest = np.maximum(data.start[places], end - np.minimum(context, end))
-    lowest = np.where(places - lowest < room, lowest, places - room // 2)         # a cut leaves room for more payments after it
-    until = -1
-    for place, low, start in zip(places.tolist(), lowest.tolist(), data.start[places].tolist(), strict=True):
-        if low <= until and start <= first[-1] and place - first[-1] < room: last[-1] = place     # joins the sequence before
-        else: (first.append(low), last.append(place))
-        until = last[-1] + 1
-    return np.array(first, np.int64), np.array(last, np.int64)
+    lowest = np.where(end - lowest < room, lowest, end - room // 2)               # a cut leaves room for more payments after it
+    for place, low, edge, start in zip(places.tolist(), lowest.tolist(), end.tolist(), data.start[places].tolist(), strict=True):
+        if runs:
+            first, before, resume, last = runs[-1]
+            whole = before == resume or before == edge or resume <= low           # nothing that it shall see was left out
+            if whole and low <= last + 1 and start <= first and before - first + place - resume < room:
+                runs[-1][3] = place                                               # joins the sequence before
+                continue
+        runs.append([low, edge, edge if place - low < room else place, place])
+    return np.array(runs, np.int64).reshape(-1, 4).T
 
 # %% ../../nbs/20_features/60_sequences.ipynb #5e001008
 def plan(
@@ -119,18 +124,17 @@ def plan(
     "Sequences with all of `positions`, packed."
     places = np.sort(data.place[positions])
     if windows:
-        end = data.end[places]
-        first = np.maximum(data.start[places], end - min(context, room - 1))
-        lengths = end - first + 1
-    else:
-        first, last = _runs(data, places, context, room)
-        lengths = last - first + 1
+        edge, resume, last = data.end[places], places, places                       # its instant's other payments are left out
+        first = np.maximum(data.start[places], edge - min(context, room - 1))
+    else: first, edge, resume, last = _runs(data, places, context, room)
+    early = edge - first
+    lengths = early + last - resume + 1
     row, begin = pack(lengths, room)
     sequence = np.repeat(np.arange(len(lengths)), lengths)                          # of each token
     step = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = first[sequence] + step
-    if windows: at[np.cumsum(lengths) - 1] = places                                 # its instant's other payments are left out
-    seen = begin[sequence] + np.minimum(step, data.end[at] - first[sequence]) - 1
+    at = np.where(step < early[sequence], first[sequence] + step, resume[sequence] + step - early[sequence])
+    behind = data.end[at]                                                           # of each token, the end of what is strictly earlier
+    seen = begin[sequence] + np.where(behind <= edge[sequence], behind - first[sequence], early[sequence] + behind - resume[sequence]) - 1
     grid = (int(row.max(initial=-1)) + 1, room)
     where = row[sequence], begin[sequence] + step
     def spread(values, empty, dtype):
@@ -139,7 +143,7 @@ def plan(
         return out
     chosen = np.zeros(len(data), bool)
     chosen[places] = True
-    scored = (step == lengths[sequence] - 1) if windows else chosen[at] & (at > np.append(-1, last)[sequence])    # and not as context again
+    scored = chosen[at] & (at > np.append(-1, last)[sequence])                      # and not as context again
     number = _numbers(row, begin)
     return Plan(spread(at, -1, np.int64), spread(number[sequence], 0, np.int32), spread(np.where(seen < begin[sequence], -1, seen), -1, np.int32),
                 spread(scored, False, bool))
