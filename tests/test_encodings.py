@@ -391,13 +391,13 @@ def test_columns_of_some_kinds_are_enough(kinds):
 
 
 def test_at_the_beginning_each_column_has_its_part():
-    """What a column adds has about the variance 1 / C, whatever its kind."""
+    """What a column adds has about the variance 1 / C; ids begin with a tenth of that size."""
     columns = (Column("x"), Column("c", "categorical", tuple("abcdefgh")), Column("t", "calendar"))
     rows = np.column_stack([np.linspace(-2, 2, 200), np.arange(200) % 10, np.linspace(0, 167, 200)]).astype(np.float32)
     module = embedding(columns, rows, pieces=8, width=512)
     module.hidden[...], module.bias[...] = np.zeros((3, 512), np.float32), np.zeros(512, np.float32)
     parts = [token(module, rows, np.repeat(np.arange(3)[None] != i, 200, 0)).var() for i in range(3)]
-    assert all(0.2 < part < 0.7 for part in parts)
+    assert all(0.2 < part < 0.7 for part in (parts[0], 100 * parts[1], parts[2]))
 
 
 def test_wrong_options_and_rows_are_refused():
@@ -415,7 +415,7 @@ def test_each_column_is_one_of_its_classes():
     told = np.asarray(jax.jit(lambda rows: as_classes(COLUMNS, jnp.asarray(fitted["edges"]), rows))(ROWS.reshape(5, 12, -1))).reshape(-1, C)
     assert told.dtype == np.int32
     assert (told >= 0).all()
-    assert (told < np.maximum(count, 1)).all()
+    assert (told < np.where(count, count, 2**16 + 1)).all()  # 0: it is not told, such as ids of more than 5,000
     for i, c, at in zip(range(C), COLUMNS, PLACES, strict=True):
         values = ROWS[:, at]
         if c.kind in NUMBERS:
@@ -431,7 +431,7 @@ def test_each_column_is_one_of_its_classes():
         else:
             assert c.kind in IDS
             np.testing.assert_array_equal(told[:, i], values)
-            assert count[i] == c.cardinality
+            assert count[i] == (c.cardinality if 1 < c.cardinality <= 5000 else 0)
 
 
 def test_numbers_of_training_are_spread_over_their_classes():

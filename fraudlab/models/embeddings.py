@@ -118,7 +118,8 @@ class FieldEmbedding(nnx.Module):
         parts = [(NUMBERS, self.read(rows), self.numbers[...])]
         if hasattr(self, "weeks"): parts.append((("calendar",), round_the_week(rows[..., places(self.columns, "calendar")]), self.weeks[...]))
         show = lambda values, kinds: values if hidden is None else jnp.where(hidden[..., of_kinds(self.columns, *kinds), None], 0, values)
-        values = jnp.concatenate([show(values, kinds).reshape(-1, prod(values.shape[-2:])) for kinds, values, _ in parts], 1)
+        n = prod(rows.shape[:-1])
+        values = jnp.concatenate([show(values, kinds).reshape(n, prod(values.shape[-2:])) for kinds, values, _ in parts], 1)
         weights = jnp.concatenate([weights.reshape(-1, weights.shape[-1]) for *_, weights in parts])
         token = (values @ weights).reshape(*rows.shape[:-1], -1) + _alike(self.bias[...], rows.ndim)
         for i, at, table in zip(of_kinds(self.columns, *IDS), places(self.columns, *IDS), self.tables, strict=True):
