@@ -26,7 +26,7 @@ from ..models.embeddings import HARMONICS, NUMBERS, WEEK, of_kinds, places
 from ..models.layers import ELAPSED
 from ..models.zoo.decoder import Decoder
 from ..training.adaptation import split
-from ..training.loop import Recipe, advance, make_optimizer, schedule
+from ..training.loop import Recipe, advance, first_state, schedule
 from ..training.objective import Targets
 from ..training.objectives.fraud import Fraud
 
@@ -193,9 +193,7 @@ def our_step(task: Task, precision: str = "float32") -> Step:
     "Our training step, with matrix products of numbers in `precision`."
     recipe = replace(task.recipe, precision=precision)
     trained, fixed = split({name: np.array(w) for name, w in task.weights.items()}, "full", 1, 0)     # copies: a step uses up its state
-    sums = {name: np.zeros((), np.float32) for name in ("loss", "gradient_norm", "weight_norm")}
-    state = {"weights": trained, "optimizer": make_optimizer(recipe, task.steps).init(trained), "sums": sums}
-    fixed, key, total = jax.device_put(fixed), jax.random.key(0), 0.0
+    state, fixed, key, total = first_state(trained, recipe, task.steps), jax.device_put(fixed), jax.random.key(0), 0.0
 
     def step(inputs: Inputs, targets: Targets) -> float:
         nonlocal state, total

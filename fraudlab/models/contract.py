@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Weights', 'EVERYTHING', 'LONGEST', 'Model', 'Estimator', 'Network', 'first_judge', 'example', 'check_inputs',
-           'check_labels', 'plan_for', 'score_all', 'embed_all', 'name_of', 'to_dict', 'from_dict', 'save', 'load',
-           'weights_hash', 'parameters']
+           'check_labels', 'plan_for', 'looked_at', 'run_all', 'score_all', 'embed_all', 'name_of', 'to_dict',
+           'from_dict', 'save', 'load', 'weights_hash', 'parameters']
 
 # %% ../../nbs/30_models/00_contract.ipynb #5655d885
 import hashlib
@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from ..core.errors import refuse_unknown
 from ..core.registry import resolve, snake
 from ..features.encoding import Column, Encoding
+from ..features.graphs import graph
 from ..features.sequences import Dataset, Inputs, Plan, alone, inputs, plan
 
 # %% ../../nbs/30_models/00_contract.ipynb #efc7cbec
@@ -38,6 +39,8 @@ class Model:
     "What the plug-ins of `nbs/30_models/zoo` have in common; its registered name is its class's name in snake case."
     columns: tuple[Column, ...]       # what the F numbers of its inputs are
     history: int = 0                  # how many earlier payments of its payer a score depends on, at most
+    fanout: tuple[int, ...] = ()      # neighbours in each hop of the payments' graph that it looks at
+    latest: bool = True               # the latest ones; else drawn by chance, the same ones always
     windows: ClassVar[bool] = False   # it reads both ways: a sequence for each payment to score, which is the sequence's last
 
     def score(self, weights: Weights, inputs: Inputs) -> Float32[Array, "B T"]:
@@ -99,17 +102,25 @@ def example(
     seconds = np.sort(rng.choice(30 * 86_400, payments, replace=False))
     columns = (Column("amount"), Column("hour"), Column("country", "categorical", ("FR", "DE", "IT", "ES")))
     rows = np.column_stack([amount, seconds // 3600 % 24, country])
-    return Dataset(rows, columns, pl.Series(payer), pl.Series(seconds * 1_000_000).cast(pl.Datetime("us"))), fraud
+    frame = pl.DataFrame({"event_time": seconds * 1_000_000, "payer_id": payer, "payee_id": rng.integers(0, 30, payments)})
+    frame = frame.with_columns(pl.col("event_time").cast(pl.Datetime("us")))
+    return Dataset(rows, columns, frame["payer_id"], frame["event_time"], graph(frame)), fraud
 
 # %% ../../nbs/30_models/00_contract.ipynb #571342d1
 def check_inputs(model: Model, inputs: Inputs) -> None:
     "Raise `ValueError` where `inputs` are not what `model` reads: its columns' `F` numbers, and `[B, T]` of the rest."
     b, t, f = *inputs.rows.shape[:2], sum(c.width for c in model.columns)
-    for name, array in zip(Inputs._fields, inputs, strict=True):
+    for name, array in zip(Inputs._fields, inputs, strict=False):
         shape, dtype = (b, t, f) if name == "rows" else (b, t), np.dtype(np.float32 if name in ("rows", "gap") else np.int32)
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{type(model).__name__} reads {name} {list(shape)} of {dtype} (its {len(model.columns)} columns take {f} numbers), but was given "
                              f"{list(array.shape)} of {array.dtype}. Make inputs with sequences.inputs, from a data set that has the model's columns.")
+
+    blocks = [block.rows.shape for block in getattr(inputs, "around", ())]
+    shapes = [(b, t, *blocks[0][2:3], *model.fanout[:hop + 1], f) for hop in range(len(model.fanout))] if blocks else []
+    if blocks != shapes or len(blocks) != len(model.fanout):
+        raise ValueError(f"{type(model).__name__} looks at {list(model.fanout)} neighbours in each hop, but was given blocks of shapes {blocks}. "
+                         "Make inputs with sequences.inputs and the model's fanout.")
 
 # %% ../../nbs/30_models/00_contract.ipynb #144a3685
 def check_labels(labels: Bool[np.ndarray, "N"]) -> None:
@@ -129,17 +140,23 @@ def plan_for(model: Model, dataset: Dataset, positions: Int[np.ndarray, "N"]) ->
     room = min(longest, model.history + 1 if model.windows else 2 * model.history + 1, LONGEST)
     return plan(dataset, positions, model.history, -(-max(room, 64) // 64) * 64, model.windows)
 
+# %% ../../nbs/30_models/00_contract.ipynb #d5ec2f8e
+def looked_at(model: Model, dataset: Dataset) -> int:
+    "Payments that a model reads to score one: itself, and the neighbours in all hops."
+    roles = dataset.graph.ends.shape[1] if dataset.graph else 1
+    return int(1 + roles * np.cumprod(model.fanout, dtype=np.int64).sum())
+
 # %% ../../nbs/30_models/00_contract.ipynb #d5ec2f8f
 @partial(jax.jit, static_argnames=("what", "model"))
 def _run(what, model, weights, inputs): return getattr(model, what)(weights, inputs)
 
-def _all(what: str, model: Model, weights: Weights, dataset: Dataset, positions: np.ndarray, tokens: int) -> np.ndarray:
+def run_all(what: str, model: Model, weights: Weights, dataset: Dataset, positions: np.ndarray, tokens: int) -> np.ndarray:
     "A method of the model on `tokens` payments at a time, for the payments at `positions`."
     planned = plan_for(model, dataset, positions)
-    batch, weights, found = max(1, tokens // planned.at.shape[1]), jax.device_put(dict(weights)), None
+    batch, weights, found = max(1, tokens // (planned.at.shape[1] * looked_at(model, dataset))), jax.device_put(dict(weights)), None
     for first in range(0, len(planned), batch):
         rows = np.arange(first, min(first + batch, len(planned)))
-        given = inputs(dataset, planned, np.pad(rows, (0, batch - len(rows)), mode="edge"))
+        given = inputs(dataset, planned, np.pad(rows, (0, batch - len(rows)), mode="edge"), model.fanout, model.latest)
         if first == 0: check_inputs(model, given)
         out, scored = np.asarray(_run(what, model, weights, given))[:len(rows)], planned.scored[rows]
         if found is None: found = np.empty((len(dataset), *out.shape[2:]), out.dtype)
@@ -153,10 +170,10 @@ def score_all(
     weights: Weights,
     dataset: Dataset,
     positions: Int[np.ndarray, "N"],  # rows of `dataset` to score
-    tokens: int = 8192,               # at a time; one compilation for each number
+    tokens: int = 8192,               # at a time, neighbours included; one compilation for each number
 ) -> Float32[np.ndarray, "N"]:        # in the order of `positions`
     "Probability of fraud of the payments at `positions`."
-    return _all("score", model, weights, dataset, positions, tokens)
+    return run_all("score", model, weights, dataset, positions, tokens)
 
 @jaxtyped(typechecker=beartype)
 def embed_all(
@@ -167,7 +184,7 @@ def embed_all(
     tokens: int = 8192,
 ) -> Float32[np.ndarray, "N D"]:
     "Embeddings of the payments at `positions`, each with what came before it."
-    return _all("hidden", model, weights, dataset, positions, tokens) if len(positions) else np.empty((0, model.width), np.float32)
+    return run_all("hidden", model, weights, dataset, positions, tokens) if len(positions) else np.empty((0, model.width), np.float32)
 
 # %% ../../nbs/30_models/00_contract.ipynb #485f7e28
 def name_of(model: Model) -> str:
