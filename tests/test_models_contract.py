@@ -13,6 +13,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from fraudlab.core.registry import discover, resolve
+from fraudlab.features.graphs import around, graph
 from fraudlab.features.sequences import Dataset, Inputs, inputs, plan
 from fraudlab.models.contract import (
     EVERYTHING,
@@ -34,7 +35,16 @@ from fraudlab.training.loop import Recipe, fit
 
 DATA, FRAUD = example(800)
 TRAIN, TEST = np.split(np.arange(len(DATA)), [500])
-NETWORK = {"width": 16, "layers": 1, "heads": 2, "key_heads": 1, "window": 8, "history": 7, "pieces": 8}  # what a model has of these
+NETWORK = {
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "key_heads": 1,
+    "window": 8,
+    "history": 7,
+    "pieces": 8,
+    "fanout": (4, 3),
+}  # what a model has of these
 SMALL = NETWORK | {"base_options": {k: NETWORK[k] for k in ("width", "layers", "heads", "key_heads", "window")}}
 RECIPE = Recipe(epochs=40, tokens=512, room=64, context=16, learning_rate=0.01)
 
@@ -64,7 +74,7 @@ def learned(request):
 def seen(model, positions) -> Inputs:
     """What `model` sees in the last four rows with `positions`, which are those that may have fillers."""
     planned = plan_for(model, DATA, positions)
-    return inputs(DATA, planned, np.arange(len(planned))[-4:])
+    return inputs(DATA, planned, np.arange(len(planned))[-4:], model.fanout)
 
 
 def changed(data: Dataset, places: np.ndarray) -> Dataset:
@@ -77,7 +87,8 @@ def changed(data: Dataset, places: np.ndarray) -> Dataset:
 
 def test_the_zoo_is_found():
     sequence_models = {"encoder", "decoder", "seq2seq", "recurrent", "gru", "late_fusion"}
-    assert {"logistic", "forest", "boosted", *sequence_models} <= set(discover("model"))
+    graph_models = {"sage", "gat", "mpnn", "hetero", "temporal", "sequence_graph", "boosted_neighbours"}
+    assert {"logistic", "forest", "boosted", *sequence_models, *graph_models} <= set(discover("model"))
 
 
 def test_a_model_is_a_frozen_dataclass_of_columns_and_plain_options(learned):
@@ -129,10 +140,11 @@ def test_saved_and_loaded_it_is_bit_equal(learned, tmp_path):
 def test_it_is_exported_for_a_fixed_batch(learned):
     _, model, weights = learned
     given = seen(model, TEST[:100])
-    program = jax.jit(lambda weights, *inputs: model.score(weights, Inputs(*inputs)))
-    exported = jax.export.export(program, platforms=("cpu", "cuda"))(dict(weights), *given)
+    arrays, shape = jax.tree.flatten(given)
+    program = jax.jit(lambda weights, *arrays: model.score(weights, jax.tree.unflatten(shape, arrays)))
+    exported = jax.export.export(program, platforms=("cpu", "cuda"))(dict(weights), *arrays)
     revived = jax.export.deserialize(exported.serialize())
-    np.testing.assert_allclose(revived.call(dict(weights), *given), score(model, weights, given), rtol=1e-5)
+    np.testing.assert_allclose(revived.call(dict(weights), *arrays), score(model, weights, given), rtol=1e-5)
 
 
 def test_a_score_does_not_depend_on_the_other_payments_of_the_batch(learned):
@@ -156,10 +168,12 @@ def tied() -> tuple[Dataset, np.ndarray, np.ndarray]:
     """The example with payments of one payer at one instant, each one's payer, and its time in half days."""
     rng = np.random.default_rng(1)
     payer, time = rng.integers(0, 40, len(DATA)), np.sort(rng.integers(0, 60, len(DATA)))
-    return Dataset(DATA.rows, DATA.columns, pl.Series(payer), pl.Series(time * 43_200_000_000).cast(pl.Datetime("us"))), payer, time
+    frame = pl.DataFrame({"event_time": time * 43_200_000_000, "payer_id": payer, "payee_id": rng.integers(0, 30, len(DATA))})
+    frame = frame.with_columns(pl.col("event_time").cast(pl.Datetime("us")))
+    return Dataset(DATA.rows, DATA.columns, frame["payer_id"], frame["event_time"], graph(frame)), payer, time
 
 
-def test_a_score_sees_strictly_earlier_payments_of_its_payer_and_no_others(learned):
+def test_a_score_sees_strictly_earlier_payments_of_its_payer_or_neighbours_and_no_others(learned):
     """All others are changed: other payers', later ones, those at the same instant, those further back than it says that it looks."""
     _, model, weights = learned
     data, payer, time = tied()
@@ -167,13 +181,17 @@ def test_a_score_sees_strictly_earlier_payments_of_its_payer_and_no_others(learn
     moved = 0
     for position in np.random.default_rng(0).choice(TEST[100:], 6, replace=False):
         own = np.flatnonzero((payer == payer[position]) & (time < time[position]))
-        visible = np.append(own[max(0, len(own) - model.history) :], position)
+        if model.fanout:
+            hops = around(data.graph, np.array([position]), data.times[[position]], model.fanout)
+            own = np.unique(np.concatenate([hop.payment[hop.payment >= 0] for hop in hops]))
+            assert (time[own] < time[position]).all()
+        visible = np.append(own if model.fanout else own[max(0, len(own) - model.history) :], position)
         at = position - TEST[0]
         unseen = np.setdiff1d(np.arange(len(data)), visible)
         assert (payer[unseen] == payer[position]).any()
         np.testing.assert_allclose(score_all(model, weights, changed(data, unseen), TEST)[at], before[at], rtol=1e-5)
         moved += abs(score_all(model, weights, changed(data, own), TEST)[at] - before[at]) > 1e-6
-    assert (moved > 0) == (model.history > 0)
+    assert (moved > 0) == (model.history > 0 or model.fanout != ())
 
 
 def test_a_model_without_end_looks_at_the_payers_first_payment(learned):

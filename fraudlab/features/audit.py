@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Subject', 'PLACE', 'numbers', 'World', 'Cut', 'ended', 'different', 'moved', 'Enough', 'smallest', 'differences',
            'mixed', 'part', 'Finding', 'report', 'example', 'audit', 'draw', 'feature_subject', 'declared_ties',
-           'encoded', 'input_subject', 'audit_split', 'audit_extracts']
+           'encoded', 'input_subject', 'neighbour_subject', 'growing_subject', 'audit_split', 'audit_extracts']
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10003
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ..data.contract import TIME, Field
 from ..data.splits import Fold
 from .definitions import UNITS, FeatureSet, Risk, duration, fit, need_fitted
 from .encoding import fit_encoding
+from .graphs import Growing, Layout, Neighbours, graph, seen
 from .offline import compute
 from .sequences import Dataset, inputs, plan
 
@@ -424,12 +425,13 @@ def declared_ties(features: FeatureSet) -> list[str]:
 def encoded(
     features: FeatureSet, fields: tuple[Field, ...], payments: pl.DataFrame, labels: pl.DataFrame,
     until: datetime,                    # encodings are fitted on what was known then
+    layout: Layout = Layout(),          # of their graph
 ) -> Dataset:
     "All payments, encoded."
     computed = feature_subject(features, until)(payments, labels)
     frame = payments.join(computed, "payment_id", "left", maintain_order="left")
     fitted = fit_encoding(frame.filter(pl.col("event_time") < until), fields, features.names)
-    return Dataset(fitted.encode(frame), fitted.columns, payments["payer_id"], payments["event_time"])
+    return Dataset(fitted.encode(frame), fitted.columns, payments["payer_id"], payments["event_time"], graph(payments, layout, labels))
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d1003b
 def _seen(data: Dataset, at: np.ndarray, history: int, windows: bool) -> dict[str, np.ndarray]:
@@ -450,6 +452,28 @@ def input_subject(features: FeatureSet, fields: tuple[Field, ...], until: dateti
         columns = _seen(data, at, history, False) | {"in windows": _seen(data, at, history, True)["earlier"]}
         return pl.DataFrame([payments["payment_id"].gather(at), *(pl.Series(name, values) for name, values in columns.items())])
     return seen
+
+# %% ../../nbs/20_features/80_audit.ipynb #a0d10041
+def _columns(blocks: Iterable[Neighbours]) -> dict[str, np.ndarray]:
+    return {f"{name} {hop}": array.reshape(len(array), -1) for hop, block in enumerate(blocks, 1) for name, array in block._asdict().items()}
+
+def neighbour_subject(layout: Layout = Layout(), fanout: tuple[int, ...] = (6, 4), latest: bool = True) -> Subject:
+    "What payments see of the payments around them, as a subject."
+    def around(payments: pl.DataFrame, labels: pl.DataFrame) -> dict[str, np.ndarray]:
+        amounts, times = payments["amount"].cast(pl.Float32).to_numpy()[:, None], payments["event_time"].to_physical().to_numpy()
+        return _columns(seen(graph(payments, layout, labels), amounts, np.arange(len(payments)), fanout, times, latest))
+    return around
+
+def growing_subject(layout: Layout = Layout(), k: int = 6) -> Subject:
+    "The same from a graph that grew payment by payment, of one hop."
+    def around(payments: pl.DataFrame, labels: pl.DataFrame) -> dict[str, np.ndarray]:
+        grown, times = Growing(layout), payments["event_time"].to_physical().to_numpy()
+        for payment, time in zip(payments.iter_rows(named=True), times.tolist(), strict=True): grown.insert(payment, time)
+        ends = np.stack([grown.ends(payment) for payment in payments.iter_rows(named=True)])
+        hop = grown.neighbours(ends, np.repeat(times[:, None], ends.shape[1], 1), k)
+        amounts = np.append(payments["amount"].to_numpy(), 0)[hop.payment]
+        return {"amounts": amounts.reshape(len(ends), -1), "times": hop.time.reshape(len(ends), -1), "ports": hop.port.reshape(len(ends), -1)}
+    return around
 
 # %% ../../nbs/20_features/80_audit.ipynb #a0d10037
 def audit_split(

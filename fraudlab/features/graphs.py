@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import polars as pl
-from jaxtyping import Float32, Int, Int8, Int32, Int64
+from jaxtyping import Float32, Int, Int8, Int32, Int64, UInt64
+from xxhash import xxh64_intdigest
 
 # %% ../../nbs/20_features/55_graphs.ipynb #65000005
 NEVER = np.iinfo(np.int64).max
@@ -33,6 +34,7 @@ class Graph(NamedTuple):
     relation: Int8[np.ndarray, "A"]   # place in `relations`
     ends: Int32[np.ndarray, "M R"]    # the nodes of each payment, a column a role; -1: none
     kind: Int8[np.ndarray, "N"]       # place in `kinds`
+    key: UInt64[np.ndarray, "N"]      # of the node's kind and name: draws are made by it, for a node's number changes when others join
     verdict: Int8[np.ndarray, "M"]    # of each payment: 1 genuine, 2 fraud, 0 never known
     known_at: Int64[np.ndarray, "M"]  # from when on that may be seen, µs; NEVER
     roles: tuple[str, ...]            # columns of the payments table
@@ -78,7 +80,8 @@ def graph(
     pairs, time = layout.pairs(roles), payments["event_time"].cast(pl.Datetime("us")).to_physical().to_numpy()
     relations = tuple(f"{roles[a]}>{roles[b]}" for pair in pairs for a, b in (pair, pair[::-1]))
     kind = np.repeat(np.arange(len(kinds), dtype=np.int8), list(map(len, names)))
-    return Graph(*_entries(ends, pairs, time, len(kind)), ends, kind, *_known(payments, labels), roles, kinds, relations, names)
+    key = np.array([xxh64_intdigest(f"{kind}:{name}".encode()) for kind, of in zip(kinds, names, strict=True) for name in of.to_list()], np.uint64)
+    return Graph(*_entries(ends, pairs, time, len(kind)), ends, kind, key, *_known(payments, labels), roles, kinds, relations, names)
 
 def _codes(values: pl.Series, names: pl.Series, first: int) -> Int32[np.ndarray, "M"]:
     "Numbers of nodes by their names; -1 where there is none."
@@ -151,7 +154,7 @@ def _drawn(many, k, key, into):
 
 # %% ../../nbs/20_features/55_graphs.ipynb #6500000c
 @numba.njit(cache=True, nogil=True)
-def _neighbours(start, other, when, payment, relation, nodes, times, latest, seed, node_out, payment_out, relation_out, port_out, time_out):
+def _neighbours(start, other, when, payment, relation, key, nodes, times, latest, seed, node_out, payment_out, relation_out, port_out, time_out):
     "Fill the rows of the outputs, `[S, K]`."
     k = node_out.shape[1]
     chosen = np.empty(k, np.int64)
@@ -167,7 +170,7 @@ def _neighbours(start, other, when, payment, relation, nodes, times, latest, see
             found = min(many, k)
             if latest or many <= k:
                 for i in range(found): chosen[i] = many - 1 - i
-            else: _drawn(many, k, _mixed(_mixed(np.uint64(seed)) ^ np.uint64(n)) ^ _mixed(np.uint64(times[s])), chosen)
+            else: _drawn(many, k, _mixed(_mixed(np.uint64(seed)) ^ key[n]) ^ _mixed(np.uint64(times[s])), chosen)
             for i in range(found):
                 at = first + chosen[i]
                 node_out[s, i], payment_out[s, i], relation_out[s, i], time_out[s, i] = other[at], payment[at], relation[at], when[at]
@@ -204,7 +207,7 @@ def neighbours(
     if not 0 < k < 128: raise ValueError(f"k = {k}: ask for 1 to 127 neighbours.")
     flat, moments = np.ascontiguousarray(nodes, np.int32).ravel(), np.ascontiguousarray(times, np.int64).ravel()
     found = _empty(len(flat), k)
-    entries = graph.start, graph.other, graph.time, graph.payment, graph.relation
+    entries = graph.start, graph.other, graph.time, graph.payment, graph.relation, graph.key
     def part(of: slice): _neighbours(*entries, flat[of], moments[of], latest, seed, *(out[of] for out in found))
     threads = min(threads or len(os.sched_getaffinity(0)), 1 + len(flat) // 512)
     edges = np.linspace(0, len(flat), threads + 1).astype(int)
