@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'ENTRY', 'Graph', 'Layout', 'graph', 'Hop', 'neighbours', 'around', 'looks', 'Neighbours', 'seen', 'shuffled',
-           'Growing']
+           'Growing', 'Subgraph', 'subgraph']
 
 # %% ../../nbs/20_features/55_graphs.ipynb #65000003
+import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -355,3 +357,69 @@ class Growing:
 ENTRY = {"previous": np.int64, "other": np.int32, "time": np.int64, "payment": np.int32, "relation": np.int8}
 
 def _doubled(values: np.ndarray, empty: int) -> np.ndarray: return np.concatenate([values, np.full_like(values, empty)])
+
+# %% ../../nbs/20_features/55_graphs.ipynb #65000041
+class Subgraph(NamedTuple):
+    "`n` nodes and `m` edges of a graph, nodes by their places in `nodes`."
+    nodes: Int32[np.ndarray, "n"]      # in the graph; those that were asked for first
+    neighbour: Int32[np.ndarray, "m"]
+    node: Int32[np.ndarray, "m"]       # whose neighbour that is
+    payment: Int32[np.ndarray, "m"]    # row of the payments table that joins the two
+    met: tuple[int, ...]               # how many nodes had been met before each hop, and after the last
+
+def subgraph(
+    graph: Graph,
+    nodes: Int32[np.ndarray, "B"],     # all different
+    time: int,                         # as of when, for all of them, µs since 1970; NEVER: everything is past
+    fanout: Sequence[int],             # K of each hop
+    latest: bool = True,
+    seed: int = 0,
+    threads: int = 1,
+) -> Subgraph:
+    "What is met around `nodes`; raises `ValueError` for a node that is asked for twice."
+    place, met, hops = _places(len(graph.kind)), [0, len(nodes)], []
+    known = np.empty(len(nodes) * math.prod(1 + k for k in fanout), np.int32)
+    known[:len(nodes)] = nodes
+    try:
+        if _mark(place, known[:len(nodes)]): raise ValueError("A node is asked for twice: give each once.")
+        for depth, k in enumerate(fanout):
+            new = known[met[-2]:met[-1]]
+            hop = neighbours(graph, new, np.full(len(new), time), k, latest, seed + depth, threads)
+            sides = np.empty((3, hop.node.size), np.int32)
+            filled, edges = _relabel(place, known, met[-1], met[-2], hop.node, hop.payment, sides)
+            met.append(filled)
+            hops.append(sides[:, :edges])
+    finally: place[known[:met[-1]]] = -1
+    return Subgraph(known[:met[-1]].copy(), *np.concatenate(hops, 1), tuple(met[1:]))
+
+# %% ../../nbs/20_features/55_graphs.ipynb #65000042
+@numba.njit(cache=True, nogil=True)
+def _mark(place, nodes):
+    "Number `nodes`; whether one of them had a number."
+    twice = False
+    for i in range(len(nodes)):
+        twice |= place[nodes[i]] >= 0
+        place[nodes[i]] = i
+    return twice
+
+@numba.njit(cache=True, nogil=True)
+def _relabel(place, known, filled, first, nodes, payments, sides):
+    "Number the neighbours that are new, and write all edges; returns how many nodes and edges there are then."
+    edges = 0
+    for i in range(nodes.shape[0]):
+        for k in range(nodes.shape[1]):
+            n = nodes[i, k]
+            if n < 0: break
+            if place[n] < 0:
+                place[n], known[filled] = filled, n
+                filled += 1
+            sides[0, edges], sides[1, edges], sides[2, edges] = place[n], first + i, payments[i, k]
+            edges += 1
+    return filled, edges
+
+_numbers = threading.local()
+
+def _places(nodes: int) -> np.ndarray:
+    "A node's place, -1 for each at first: one table a thread, kept clean."
+    if len(getattr(_numbers, "table", ())) < nodes: _numbers.table = np.full(nodes, -1, np.int32)
+    return _numbers.table

@@ -18,7 +18,6 @@ from ..data.contract import Field, Tables
 from ..data.splits import Fold
 from .definitions import FeatureSet, fit
 from .encoding import Encoding, choose, fit_encoding
-from .graphs import Layout, graph
 from .offline import compute
 from .sequences import Dataset
 
@@ -81,16 +80,14 @@ class Prepared(NamedTuple):
 
 # %% ../../nbs/20_features/70_prepared.ipynb #88886179
 def read(
-    run: Run,                       # of the flow `prepare`
-    layout: Layout | None = None,   # for models that look at neighbours: what joins the payments
+    run: Run,   # of the flow `prepare`
 ) -> Prepared:
     "The data that a prepare run wrote, at the versions that it wrote."
     result = run.outputs
     payments, labels, features = (lake.read(*result["tables"][part]) for part in ("payments", "labels", "features"))
     encoding = Encoding.from_dict(result["columns"])
     frame = payments.join(features.drop("part"), on="payment_id", how="left", maintain_order="left")
-    joined = graph(payments, layout, labels) if layout else None
-    dataset = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"], joined)
+    dataset = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
     return Prepared(payments, labels, dataset, encoding, features["part"], datetime.fromisoformat(result["periods"]["test_start"]), result)
 
 # %% ../../nbs/20_features/70_prepared.ipynb #17c74d38

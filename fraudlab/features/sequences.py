@@ -189,8 +189,7 @@ def inputs(
 def _around(data: Dataset, position: np.ndarray, none: np.ndarray, fanout: tuple[int, ...], latest: bool) -> tuple[Neighbours, ...]:
     "Neighbours of the payments at `position`, `[B, T]`; zeros where there is `none`."
     if data.graph is None:
-        raise ValueError(f"A model with fanout = {fanout} looks at neighbours, and these payments have no graph: give Dataset one (features.graphs.graph), "
-                         "or prepared.read a layout.")
+        raise ValueError(f"A model with fanout = {fanout} looks at neighbours, and these payments have no graph: give Dataset one, from features.graphs.graph.")
     blocks = seen(data.graph, data.rows, position.ravel(), fanout, data.times[position.ravel()], latest)
     for array in (array for block in blocks for array in block): array[none.ravel()] = 0
     return tuple(Neighbours(*(array.reshape(*position.shape, *array.shape[1:]) for array in block)) for block in blocks)

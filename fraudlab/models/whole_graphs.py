@@ -166,8 +166,8 @@ def _handler(kernel: Callable):
             part = _next(job)
         return 0
 
-    here, elsewhere = numba.njit(parts), numba.cfunc(types.int64(types.int64))(parts)
-    address = elsewhere.address
+    task = numba.cfunc(types.int64(types.int64))(parts)
+    address, here = task.address, task.ctypes
 
     @numba.cfunc(types.int64(types.int64))
     def handler(frame):
@@ -185,7 +185,7 @@ def _handler(kernel: Callable):
             if threads[t]: join(threads[t], 0)
         return 0
 
-    return handler, elsewhere
+    return handler, task
 
 # %% ../../nbs/30_models/25_whole_graphs.ipynb #25a00015
 _alive = []    # C functions that XLA may call

@@ -161,6 +161,9 @@ TRIAL = 160      # tokens of the sequence that steps are tried on: more than `de
 def _programs(model, weights: dict[str, np.ndarray], buckets: tuple[int, ...]) -> dict[str, bytes]:
     "The exported functions by file name."
     if snake(type(model).__name__) in MODELS: return {WHOLE: export_score(model, weights, 1, TRIAL, every=True)}
+    if model.fanout:
+        raise ValueError(f"{type(model).__name__} looks at {list(model.fanout)} neighbours in the payments' graph, and the service keeps each payer's own history only: "
+                         "it cannot be served yet. Package a model without fanout.")
     if model.history >= LONGEST:
         raise ValueError(f"A score of {type(model).__name__} depends on {model.history:,} earlier payments, and a program is shown "
                          f"{LONGEST - 1:,} at most: give it a shorter history, or take a model with steps ({', '.join(MODELS)}).")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['advance', 'SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'step', 'zero_sums', 'first_state',
-           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'batch', 'train', 'fit']
+           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'planned_for', 'batch', 'train', 'fit']
 
 # %% ../../nbs/40_training/20_loop.ipynb #6dda437f
 import sys
@@ -141,6 +141,12 @@ def begin(
     copied = {key: np.array(value) for key, value in without_heads(start).items()}     # a step uses up what it is given
     return split({**copied, **objective.init(model, seed)}, recipe.adapt, recipe.rank, seed)
 
+# %% ../../nbs/40_training/20_loop.ipynb #eb811995
+def planned_for(model: Network, dataset: Dataset, positions: np.ndarray, objective: Objective, recipe: Recipe) -> Plan:
+    "The rows that a network learns from."
+    windows = model.windows and not objective.whole
+    return plan(dataset, positions, model.history if windows else min(recipe.context, model.history), recipe.room, windows)
+
 # %% ../../nbs/40_training/20_loop.ipynb #eb811997
 def batch(
     dataset: Dataset, planned: Plan, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray, known: np.ndarray,
@@ -156,8 +162,7 @@ def train(
     start: Weights | None = None, checkpoints: Path | None = None, log: Callable[[int, dict[str, float]], None] | None = None, progress: bool = True,
 ) -> Weights:
     "Weights of a network after all steps, and those of its objective's layers; arguments as for `fit`."
-    windows = model.windows and not objective.whole
-    planned = plan(dataset, positions, model.history if windows else min(recipe.context, model.history), recipe.room, windows)
+    planned = planned_for(model, dataset, positions, objective, recipe)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
     known, truth = labels.is_not_null().to_numpy(), labels.fill_null(False).to_numpy().astype(np.float32)
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)

@@ -52,6 +52,12 @@ class LateFusion(Estimator):
     @property
     def windows(self) -> bool: return self.network.windows
 
+    @property
+    def fanout(self) -> tuple[int, ...]: return self.network.fanout
+
+    @property
+    def latest(self) -> bool: return self.network.latest
+
     def fit_on(self,
         dataset: Dataset, positions: Int[np.ndarray, "N"], labels: Bool[np.ndarray, "N"], seed: int, start: Weights,
     ) -> Weights:
