@@ -41,7 +41,7 @@ def _integrated(model: GraphNetwork, weights: Weights, inputs: GraphInputs, step
     judged = lambda own, messages: model.judge(weights, module.pass_on(own, list(messages), inputs))
     at = lambda share: (blank + share * (own - blank), [share * said for said in messages])
     total = jax.grad(lambda *given: judged(*given).sum(), argnums=(0, 1))
-    def add(sums, share): return jax.tree.map(jnp.add, sums, total(*at(share))), None
+    def add(sums, root): return jax.tree.map(lambda s, slope: s + 2 * root * slope, sums, total(*at(root**2))), None
     zeros = jax.tree.map(jnp.zeros_like, (own, messages))
     (own_slope, slopes), _ = jax.lax.scan(add, zeros, (jnp.arange(steps, dtype=jnp.float32) + .5) / steps)
     without = [own - module.embed(rows, hide((jnp.arange(c) == column)[None, None])) for column in range(c)]

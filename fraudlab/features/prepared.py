@@ -6,6 +6,7 @@
 __all__ = ['PUBLISHED', 'prepare', 'Prepared', 'read', 'published_order', 'compare_published']
 
 # %% ../../nbs/20_features/70_prepared.ipynb #97e0faf3
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..core.runs import Run
 from ..data import lake
 from ..data.contract import Field, Tables
 from ..data.splits import Fold
+from . import rings
 from .definitions import FeatureSet, fit
 from .encoding import Encoding, choose, fit_encoding
 from .offline import compute
@@ -28,16 +30,20 @@ def prepare(
     features: FeatureSet,
     fold: Fold,             # positions of the training and test rows
     encodings: dict = {},   # where a column's encoding is not what follows from its declaration: `features.encoding.choose`
+    windows: Sequence[str] = (),   # of ring features, such as ("1d", "7d"); none: without
 ) -> dict:
     "Write payments, labels, quarantined rows and features to the lake; returns the references and definitions that `read` takes."
-    choose(tables.fields, features.names, encodings)    # refuses a wrong one before the work
+    names = [*features.names, *(rings.names(windows) if windows else ())]
+    choose(tables.fields, names, encodings)             # refuses a wrong one before the work
     features = fit(features, tables.payments, tables.labels, fold.train_start)   # encodings, on the time before the training period
-    computed = compute(features, tables.payments, tables.labels).with_columns(_parts(fold, len(tables.payments)))
+    computed = compute(features, tables.payments, tables.labels)
+    if windows: computed = computed.hstack(rings.rings(tables.payments, windows).drop("payment_id"))
+    computed = computed.with_columns(_parts(fold, len(tables.payments)))
     training = tables.payments[fold.train].join(computed[fold.train], on="payment_id", how="left", maintain_order="left")
-    encoding = fit_encoding(training, tables.fields, features.names, encodings)
+    encoding = fit_encoding(training, tables.fields, names, encodings)
     written = {"payments": tables.payments, "labels": tables.labels, "features": computed, "quarantined": tables.quarantined}
     return {"tables": {part: [f"{name}/{part}", lake.write(f"{name}/{part}", frame)] for part, frame in written.items()},
-            "features": features.to_dict(), "columns": encoding.to_dict(), "fields": [_plain(f) for f in tables.fields], "entities": tables.entities,
+            "features": features.to_dict(), "rings": list(windows), "columns": encoding.to_dict(), "fields": [_plain(f) for f in tables.fields], "entities": tables.entities,
             "periods": {edge: getattr(fold, edge).isoformat() for edge in ("train_start", "train_end", "test_start", "test_end")}}
 
 # %% ../../nbs/20_features/70_prepared.ipynb #14861663
