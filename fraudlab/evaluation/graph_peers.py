@@ -8,6 +8,7 @@ __all__ = ['ENGINES', 'GraphTask', 'first_weights', 'sage_layer', 'gat_layer', '
 
 # %% ../../nbs/50_evaluation/75_graph_peers.ipynb #75a00003
 import resource
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -51,7 +52,7 @@ def first_weights(kind: str, features: int, hidden: int, heads: int, seed: int) 
 def sage_layer(w: dict[str, Array], x: Float32[Array, "N D"], edges: Edges, compiled: bool) -> Float32[Array, "N E"]:
     wide, narrow = w["neighbours"].shape
     heard = neighbour_mean(x @ w["neighbours"], edges, compiled) if narrow < wide else neighbour_mean(x, edges, compiled) @ w["neighbours"]
-    return x @ w["own"] + heard + w["bias"][None]
+    return jax.lax.optimization_barrier(x @ w["own"] + heard + w["bias"][None])   # else its parts are kept for going back, not their sum
 
 def gat_layer(w: dict[str, Array], x: Float32[Array, "N D"], edges: Edges, compiled: bool) -> Float32[Array, "N E"]:
     a = w["attention"]
@@ -73,7 +74,7 @@ def our_epoch(task: GraphTask, compiled: bool) -> Callable[[], float]:
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(weights, moments, *given):
         value, slope = jax.value_and_grad(loss)(weights, *given)
-        updates, moments = optimizer.update(slope, moments)
+        with jax.numpy_dtype_promotion("standard"): updates, moments = optimizer.update(slope, moments)
         return optax.apply_updates(weights, updates), moments, value
 
     def epoch() -> float:
@@ -94,7 +95,9 @@ def adjacency(task: GraphTask, form: str):
     import torch
     pairs, nodes = torch.tensor(np.stack([task.senders, task.receivers]), dtype=torch.int64), len(task.x)
     if form == "list": return pairs
-    if form == "csr": return torch.sparse_coo_tensor(pairs.flip(0), torch.ones(pairs.shape[1]), (nodes, nodes)).to_sparse_csr()
+    if form == "csr":
+        with warnings.catch_warnings(action="ignore"):     # torch calls it a beta
+            return torch.sparse_coo_tensor(pairs.flip(0), torch.ones(pairs.shape[1]), (nodes, nodes), check_invariants=False).to_sparse_csr()
     from torch_sparse import SparseTensor
     return SparseTensor(row=pairs[1], col=pairs[0], sparse_sizes=(nodes, nodes))
 

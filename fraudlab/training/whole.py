@@ -22,7 +22,7 @@ from ..models.whole_graphs import Edges, WholeNetwork
 @dataclass(frozen=True)
 class WholeRecipe:
     "How to train on a whole graph."
-    learning_rate: float = 1e-2      # after a rise over the first tenth; it falls to 0 along a cosine
+    learning_rate: float = 2e-2      # after a rise over the first tenth; it falls to 0 along a cosine
     weight_decay: float = 0.0
     epochs: int = 150                # at most; an epoch is one step
     look_every: int = 5              # epochs between looks at the validation nodes
@@ -43,7 +43,8 @@ def whole_step(
         each = optax.sigmoid_binary_cross_entropy(model.score(weights, x, edges, key), labels)
         return (each * learned).sum() / learned.sum()
     value, slope = jax.value_and_grad(loss)(weights)
-    updates, moments = recipe.optimizer().update(slope, moments, weights)
+    with jax.numpy_dtype_promotion("standard"):      # Optax multiplies whole numbers with real ones
+        updates, moments = recipe.optimizer().update(slope, moments, weights)
     return optax.apply_updates(weights, updates), moments, value
 
 whole_scores = jax.jit(lambda weights, x, edges, *, model: model.score(weights, x, edges), static_argnames="model")

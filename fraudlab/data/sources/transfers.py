@@ -228,6 +228,6 @@ def account_labels(
     "Rows: account_id, is_launderer (the truth), known_at (when the lab learns it; null: never)."
     ends = pl.concat([rows.select(pl.col(end).alias("account_id"), "typology", "known_at") for end in ("payer_id", "payee_id")])
     guilty, known = pl.col("typology").is_not_null(), pl.col("known_at")
-    cleared = pl.when(known.is_not_null().all()).then(known.max())
-    labels = ends.group_by("account_id").agg(is_launderer=guilty.any(), known_at=pl.when(guilty.any()).then(known.filter(guilty).min()).otherwise(cleared))
+    when = pl.when(guilty.any()).then(known.filter(guilty).min()).otherwise(known.max())
+    labels = ends.group_by("account_id").agg(is_launderer=guilty.any(), known_at=when)
     return labels.sort("account_id")
