@@ -39,7 +39,7 @@ notebooks:       ## clean, and in step with the package and the README
 lessons:         ## the notebooks' lesson cells
 	JAX_PLATFORMS=cpu $(BIN)/nbdev-test --n-workers 1 --timing $(if $(shell command -v java),,--skip-file-re '^[_.]|spark')
 pytest:
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 rooms:           ## a room imports only from rooms with smaller numbers
 	$(BIN)/lint-imports
 style:

@@ -21,6 +21,7 @@ from ..features.audit import (Finding, Subject, audit, audit_extracts, declared_
                                      input_subject, neighbour_subject)
 from ..features.definitions import FeatureSet, check_table
 from ..features.graphs import Layout
+from ..features.rings import rings
 from ..models.contract import score_all
 from ..training.loop import Recipe, fit
 
@@ -85,7 +86,8 @@ def graph_cases(layout: Layout = Layout()) -> list[Case]:
     "The ways in which a graph is made and looked at."
     ways = {"neighbours": neighbour_subject(layout), "neighbours by chance": neighbour_subject(layout, latest=False),
             "neighbours, payments as nodes": neighbour_subject(replace(layout, payments_as_nodes=True)),
-            "neighbours in a graph that grows": growing_subject(layout)}
+            "neighbours in a graph that grows": growing_subject(layout),
+            "ring features": lambda payments, labels: rings(payments, ("1d", "7d", "30d"))}
     return [Case(name, subject) for name, subject in ways.items()]
 
 def fitting(tables: Tables) -> tuple[list[str], dict[str, str]]:
