@@ -2507,7 +2507,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fraudlab/training/whole.py'),
                                          'fraudlab.training.whole.fit_whole': ( '40_training/whole.html#fit_whole',
                                                                                 'fraudlab/training/whole.py'),
-                                         'fraudlab.training.whole.roc_auc': ( '40_training/whole.html#roc_auc',
-                                                                              'fraudlab/training/whole.py'),
                                          'fraudlab.training.whole.whole_step': ( '40_training/whole.html#whole_step',
                                                                                  'fraudlab/training/whole.py')}}}

@@ -7,11 +7,12 @@ __all__ = ['ENGINES', 'GraphTask', 'first_weights', 'sage_layer', 'gat_layer', '
            'pyg_epoch', 'write_task', 'read_task', 'run_engine']
 
 # %% ../../nbs/50_evaluation/75_graph_peers.ipynb #75a00003
-import resource
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -51,7 +52,10 @@ def first_weights(kind: str, features: int, hidden: int, heads: int, seed: int) 
 # %% ../../nbs/50_evaluation/75_graph_peers.ipynb #75a00007
 def sage_layer(w: dict[str, Array], x: Float32[Array, "N D"], edges: Edges, compiled: bool) -> Float32[Array, "N E"]:
     wide, narrow = w["neighbours"].shape
-    heard = neighbour_mean(x @ w["neighbours"], edges, compiled) if narrow < wide else neighbour_mean(x, edges, compiled) @ w["neighbours"]
+    if narrow < wide:                                         # both products at once, and the mean of what is narrow
+        own, said = jnp.split(x @ jnp.concatenate([w["own"], w["neighbours"]], 1), 2, axis=1)
+        return own + neighbour_mean(said, edges, compiled) + w["bias"][None]
+    heard = neighbour_mean(x, edges, compiled) @ w["neighbours"]
     return jax.lax.optimization_barrier(x @ w["own"] + heard + w["bias"][None])   # else its parts are kept for going back, not their sum
 
 def gat_layer(w: dict[str, Array], x: Float32[Array, "N D"], edges: Edges, compiled: bool) -> Float32[Array, "N E"]:
@@ -87,7 +91,8 @@ def need_pyg():
     "The module `torch_geometric`; `ModuleNotFoundError` says how to get it."
     try: import torch_geometric
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("PyTorch Geometric is not installed; only comparisons need it: pip install 'fraudlab[bench]'.", name="torch_geometric") from e
+        message = "PyTorch Geometric is not installed; only comparisons need it: pip install 'fraudlab[bench]'."
+        raise ModuleNotFoundError(message, name="torch_geometric") from e
     return torch_geometric
 
 def adjacency(task: GraphTask, form: str):
@@ -97,7 +102,8 @@ def adjacency(task: GraphTask, form: str):
     if form == "list": return pairs
     if form == "csr":
         with warnings.catch_warnings(action="ignore"):     # torch calls it a beta
-            return torch.sparse_coo_tensor(pairs.flip(0), torch.ones(pairs.shape[1]), (nodes, nodes), check_invariants=False).to_sparse_csr()
+            ones = torch.ones(pairs.shape[1])
+            return torch.sparse_coo_tensor(pairs.flip(0), ones, (nodes, nodes), check_invariants=False).to_sparse_csr()
     from torch_sparse import SparseTensor
     return SparseTensor(row=pairs[1], col=pairs[0], sparse_sizes=(nodes, nodes))
 
@@ -108,10 +114,13 @@ def pyg_layers(task: GraphTask):
     import torch
     from torch_geometric.nn import GATv2Conv, SAGEConv
     features, hidden = task.weights["0.own" if task.kind == "sage" else "0.source"].shape
-    if task.kind == "sage": layers, names = (SAGEConv(features, hidden), SAGEConv(hidden, 2)), {"lin_l.weight": "neighbours", "lin_l.bias": "bias", "lin_r.weight": "own"}
+    if task.kind == "sage":
+        layers = SAGEConv(features, hidden), SAGEConv(hidden, 2)
+        names = {"lin_l.weight": "neighbours", "lin_l.bias": "bias", "lin_r.weight": "own"}
     else:
         layers = GATv2Conv(features, hidden // task.heads, task.heads), GATv2Conv(hidden, 2)
-        names = {"lin_l.weight": "source", "lin_l.bias": "source_bias", "lin_r.weight": "target", "lin_r.bias": "target_bias", "att": "attention", "bias": "bias"}
+        names = {"lin_l.weight": "source", "lin_l.bias": "source_bias", "lin_r.weight": "target", "lin_r.bias": "target_bias",
+                 "att": "attention", "bias": "bias"}
     for i, layer in enumerate(layers):
         for theirs, ours in names.items():
             value = torch.tensor(task.weights[f"{i}.{ours}"])
@@ -135,10 +144,11 @@ def pyg_epoch(task: GraphTask, form: str) -> Callable[[], float]:
 
 # %% ../../nbs/50_evaluation/75_graph_peers.ipynb #75a0000c
 ENGINES = {"fraudlab": partial(our_epoch, compiled=True), "segments": partial(our_epoch, compiled=False),
-           "pyg_list": partial(pyg_epoch, form="list"), "pyg_csr": partial(pyg_epoch, form="csr"), "pyg_sparse": partial(pyg_epoch, form="sparse")}
+           **{f"pyg_{form}": partial(pyg_epoch, form=form) for form in ("list", "csr", "sparse")}}
 
 def write_task(task: GraphTask, path) -> None:
-    np.savez(path, **{f"weights.{name}": value for name, value in task.weights.items()}, **{k: v for k, v in task._asdict().items() if k != "weights"})
+    plain = {name: value for name, value in task._asdict().items() if name != "weights"}
+    np.savez(path, **plain, **{f"weights.{name}": value for name, value in task.weights.items()})
 
 def read_task(path) -> GraphTask:
     with np.load(path) as file: found = {name: file[name] for name in file.files}
@@ -153,4 +163,5 @@ def run_engine(pipe, name: str, path, epochs: int) -> None:
         started = perf_counter()
         loss = epoch()
         found.append((loss, perf_counter() - started))
-    pipe.send((found, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())     # getrusage would count the parent's, too
+    pipe.send((found, 1024 * int(peak[1])))

@@ -52,7 +52,8 @@ def edges(
     senders, receivers = (np.asarray(ends, np.int32) for ends in (senders, receivers))
     for ends in (senders, receivers):
         if len(ends) and not 0 <= ends.min() <= ends.max() < nodes:
-            raise ValueError(f"An edge ends at node {ends.min() if ends.min() < 0 else ends.max()}: of {nodes} nodes there are 0 to {nodes - 1}.")
+            bad = ends.min() if ends.min() < 0 else ends.max()
+            raise ValueError(f"An edge ends at node {bad}: of {nodes} nodes there are 0 to {nodes - 1}.")
     if loops:
         other, every = senders != receivers, np.arange(nodes, dtype=np.int32)
         senders, receivers = np.append(senders[other], every), np.append(receivers[other], every)
@@ -85,7 +86,9 @@ def plain_sum(x: Float32[Array, "N D"], edges: Edges) -> Float32[Array, "N D"]:
     return jax.ops.segment_sum(x[edges.sender], _receivers(edges), len(x), indices_are_sorted=True)
 
 # %% ../../nbs/30_models/25_whole_graphs.ipynb #25a0000c
-def plain_attention(x: Float32[Array, "N H C"], y: Float32[Array, "N H C"], a: Float32[Array, "H C"], edges: Edges, slope: float) -> Float32[Array, "N H C"]:
+def plain_attention(
+    x: Float32[Array, "N H C"], y: Float32[Array, "N H C"], a: Float32[Array, "H C"], edges: Edges, slope: float,
+) -> Float32[Array, "N H C"]:
     "GATv2's weighted sum of `x` over the senders of each node."
     to, nodes = _receivers(edges), len(x)
     over = partial(jax.ops.segment_sum, segment_ids=to, num_segments=nodes, indices_are_sorted=True)
