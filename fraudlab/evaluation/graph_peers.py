@@ -158,6 +158,7 @@ def read_task(path) -> GraphTask:
 
 def run_engine(pipe, name: str, path, epochs: int) -> None:
     "Send `(loss, seconds)` of each epoch, and the peak of this process's memory in bytes."
+    jax.config.update("jax_cpu_enable_async_dispatch", False)     # a step then uses the memory of the one before
     epoch, found = ENGINES[name](read_task(path)), []
     for _ in range(epochs):
         started = perf_counter()

@@ -156,26 +156,33 @@ def _drawn(many, k, key, into):
 
 # %% ../../nbs/20_features/55_graphs.ipynb #6500000c
 @numba.njit(cache=True, nogil=True)
+def _choose(start, when, key, n, time, latest, seed, chosen):
+    "Entries of node `n` before `time`, newest first; returns how many there are, at most as many as `chosen` holds."
+    low, high, k = start[n], start[n + 1], len(chosen)
+    if high > low and when[high - 1] < time: low = high
+    while low < high:                              # the first entry that is not before the time
+        middle = (low + high) // 2
+        if when[middle] < time: low = middle + 1
+        else: high = middle
+    many = low - start[n]
+    found = min(many, k)
+    if latest or many <= k:
+        for i in range(found): chosen[i] = low - 1 - i
+    else:
+        _drawn(many, k, _mixed(_mixed(np.uint64(seed)) ^ key[n]) ^ _mixed(np.uint64(time)), chosen)
+        for i in range(k): chosen[i] += start[n]
+    return found
+
+@numba.njit(cache=True, nogil=True)
 def _neighbours(start, other, when, payment, relation, key, nodes, times, latest, seed, node_out, payment_out, relation_out, port_out, time_out):
     "Fill the rows of the outputs, `[S, K]`."
     k = node_out.shape[1]
     chosen = np.empty(k, np.int64)
     for s in range(len(nodes)):
-        n, found = nodes[s], 0
-        if n >= 0:
-            low, high = start[n], start[n + 1]
-            while low < high:                      # the first entry that is not before the time
-                middle = (low + high) // 2
-                if when[middle] < times[s]: low = middle + 1
-                else: high = middle
-            first, many = start[n], low - start[n]
-            found = min(many, k)
-            if latest or many <= k:
-                for i in range(found): chosen[i] = many - 1 - i
-            else: _drawn(many, k, _mixed(_mixed(np.uint64(seed)) ^ key[n]) ^ _mixed(np.uint64(times[s])), chosen)
-            for i in range(found):
-                at = first + chosen[i]
-                node_out[s, i], payment_out[s, i], relation_out[s, i], time_out[s, i] = other[at], payment[at], relation[at], when[at]
+        found = _choose(start, when, key, nodes[s], times[s], latest, seed, chosen) if nodes[s] >= 0 else 0
+        for i in range(found):
+            at = chosen[i]
+            node_out[s, i], payment_out[s, i], relation_out[s, i], time_out[s, i] = other[at], payment[at], relation[at], when[at]
         for i in range(found, k):
             node_out[s, i], payment_out[s, i], relation_out[s, i], time_out[s, i] = -1, -1, -1, 0
         _ports(node_out[s], port_out[s])
@@ -374,7 +381,6 @@ def subgraph(
     fanout: Sequence[int],             # K of each hop
     latest: bool = True,
     seed: int = 0,
-    threads: int = 1,
 ) -> Subgraph:
     "What is met around `nodes`; raises `ValueError` for a node that is asked for twice."
     place, met, hops = _places(len(graph.kind)), [0, len(nodes)], []
@@ -383,10 +389,9 @@ def subgraph(
     try:
         if _mark(place, known[:len(nodes)]): raise ValueError("A node is asked for twice: give each once.")
         for depth, k in enumerate(fanout):
-            new = known[met[-2]:met[-1]]
-            hop = neighbours(graph, new, np.full(len(new), time), k, latest, seed + depth, threads)
-            sides = np.empty((3, hop.node.size), np.int32)
-            filled, edges = _relabel(place, known, met[-1], met[-2], hop.node, hop.payment, sides)
+            sides = np.empty((3, (met[-1] - met[-2]) * k), np.int32)
+            entries = graph.start, graph.other, graph.time, graph.payment, graph.key
+            filled, edges = _met(*entries, place, known, met[-2], met[-1], time, k, latest, seed + depth, sides)
             met.append(filled)
             hops.append(sides[:, :edges])
     finally: place[known[:met[-1]]] = -1
@@ -403,17 +408,16 @@ def _mark(place, nodes):
     return twice
 
 @numba.njit(cache=True, nogil=True)
-def _relabel(place, known, filled, first, nodes, payments, sides):
-    "Number the neighbours that are new, and write all edges; returns how many nodes and edges there are then."
-    edges = 0
-    for i in range(nodes.shape[0]):
-        for k in range(nodes.shape[1]):
-            n = nodes[i, k]
-            if n < 0: break
+def _met(start, other, when, payment, key, place, known, first, last, time, k, latest, seed, sides):
+    "Choose neighbours of the nodes `known[first:last]`, number the new ones, and write all edges; returns how many nodes and edges there are then."
+    filled, edges, chosen = last, 0, np.empty(k, np.int64)
+    for i in range(first, last):
+        for c in range(_choose(start, when, key, known[i], time, latest, seed, chosen)):
+            n = other[chosen[c]]
             if place[n] < 0:
                 place[n], known[filled] = filled, n
                 filled += 1
-            sides[0, edges], sides[1, edges], sides[2, edges] = place[n], first + i, payments[i, k]
+            sides[0, edges], sides[1, edges], sides[2, edges] = place[n], i, payment[chosen[c]]
             edges += 1
     return filled, edges
 
