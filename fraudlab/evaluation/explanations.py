@@ -17,7 +17,7 @@ import polars as pl
 from jaxtyping import Array, Float32
 
 from . import plots
-from ..features.graphs import around, looks
+from ..features.graphs import around, entity_roles, looks
 from ..features.sequences import Dataset, GraphInputs, inputs, plan
 from ..models.contract import Weights
 from ..models.graph_layers import GraphNetwork
@@ -70,7 +70,7 @@ def neighbours_table(
     added = attributed(model, weights, data, at).neighbours
     names, rows, above = pl.concat([name.cast(pl.String) for name in graph.names]), [], {}
     entities = looks(graph, at)[0]
-    roles = [role for role in graph.roles if role != "payment_id"]
+    roles = entity_roles(graph)
     for hop, (block, share) in enumerate(zip(around(graph, at, data.times[at], model.fanout, model.latest), added, strict=True), 1):
         for place in zip(*np.nonzero(block.node[0] >= 0), strict=True):
             payment, node = int(block.payment[0][place]), int(block.node[0][place])

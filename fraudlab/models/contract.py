@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from ..core.errors import refuse_unknown
 from ..core.registry import resolve, snake
 from ..features.encoding import Column, Encoding
-from ..features.graphs import graph
+from ..features.graphs import entity_roles, graph
 from ..features.sequences import Dataset, Inputs, Plan, alone, inputs, plan
 
 # %% ../../nbs/30_models/00_contract.ipynb #efc7cbec
@@ -143,7 +143,7 @@ def plan_for(model: Model, dataset: Dataset, positions: Int[np.ndarray, "N"]) ->
 # %% ../../nbs/30_models/00_contract.ipynb #d5ec2f8e
 def looked_at(model: Model, dataset: Dataset) -> int:
     "Payments that a model reads to score one: itself, and the neighbours in all hops."
-    roles = dataset.graph.ends.shape[1] if dataset.graph else 1
+    roles = len(entity_roles(dataset.graph)) if dataset.graph else 1
     return int(1 + roles * np.cumprod(model.fanout, dtype=np.int64).sum())
 
 # %% ../../nbs/30_models/00_contract.ipynb #d5ec2f8f

@@ -115,6 +115,7 @@ def describe(
     "What is trained on what, as plain data; long things by their hash."
     arrays = {"rows": dataset.rows, "times": dataset.times, "order": dataset.order, "positions": positions,
               "labels": labels.cast(pl.Int8).fill_null(-1).to_numpy()}
+    if model.fanout and dataset.graph: arrays |= {name: value for name, value in dataset.graph._asdict().items() if isinstance(value, np.ndarray)}
     named = {"name": type(objective).__name__, **asdict(objective)}
     return {"model": to_dict(model), "objective": named, "recipe": asdict(recipe), "seed": seed, "data": weights_hash(arrays),
             "start": start and weights_hash(start)}
