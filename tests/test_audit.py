@@ -27,12 +27,14 @@ from fraudlab.features.audit import (
     example,
     feature_subject,
     input_subject,
+    neighbour_subject,
     numbers,
     report,
     smallest,
 )
 from fraudlab.features.definitions import Decay, Encoded, FeatureSet, Risk, Row, Since, Velocity, Window, need_fitted, needs
 from fraudlab.features.encoding import Column, Encoding
+from fraudlab.features.graphs import graph, seen
 from fraudlab.models.contract import score_all
 from fraudlab.training.loop import fit
 
@@ -333,3 +335,16 @@ def test_the_command_refuses_what_is_no_audit(command):
         code, said, _ = command(target)
         assert code == 1
         assert message in said
+
+
+def test_draws_that_depend_on_how_nodes_are_numbered_are_found():
+    """Whoever joins later gets a number between the others, and moves theirs: that is why draws go by a hash of the name."""
+
+    def numbered(payments, labels):
+        made = graph(payments)
+        made = made._replace(key=np.arange(len(made.kind), dtype=np.uint64))
+        times, amounts = payments["event_time"].to_physical().to_numpy(), payments["amount"].cast(pl.Float32).to_numpy()[:, None]
+        return {"amounts": seen(made, amounts, np.arange(len(payments)), (3,), times, latest=False)[0].rows.reshape(len(payments), -1)}
+
+    assert audit(numbered, SMALL, "numbered")
+    assert audit(neighbour_subject(fanout=(3,), latest=False), SMALL) == []

@@ -1,6 +1,7 @@
 """Graph networks: what they are shown is what the sampler allows, they compile once, and their explanations add up."""
 
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, replace
 
 import jax
@@ -131,3 +132,32 @@ def test_payments_without_entities_have_no_neighbours():
     data = Dataset(DATA.rows[:5], DATA.columns, nobody, times, graph(frame, Layout()))
     block = inputs(data, plan(data, np.arange(5), 0, 1), np.arange(5), (3,)).around[0]
     assert all((array == 0).all() for array in block)
+
+
+def test_payments_can_be_nodes_of_a_graph_that_a_network_learns_from():
+    rng = np.random.default_rng(0)
+    names = {"payer_id": rng.integers(0, 40, len(DATA)).astype(str), "payee_id": rng.integers(0, 30, len(DATA)).astype(str)}
+    frame = pl.DataFrame(
+        {"payment_id": np.arange(len(DATA)).astype(str), "event_time": pl.Series(DATA.times).cast(pl.Datetime("us"))} | names
+    )
+    data = Dataset(DATA.rows, DATA.columns, frame["payer_id"], frame["event_time"], graph(frame, Layout(payments_as_nodes=True)))
+    assert len(data.graph.relations) == 4
+    model = small("hetero", relations=4)
+    weights = fit(model, data, np.arange(400), FRAUD, Fraud(), RECIPE, progress=False)
+    assert np.isfinite(score_all(model, weights, data, np.arange(400, 600))).all()
+    with pytest.raises(ValueError, match=r"give it relations = \d"):
+        fit(small("hetero"), data, np.arange(400), FRAUD, Fraud(), RECIPE, progress=False)
+
+
+def test_a_checkpoint_of_another_graph_is_not_gone_on_from(tmp_path):
+    model, other = small("sage"), copy(DATA)
+    other.graph = DATA.graph._replace(other=DATA.graph.other[::-1].copy())
+    train = lambda data: fit(model, data, np.arange(400), FRAUD, Fraud(), RECIPE, checkpoints=tmp_path, progress=False)  # noqa: E731
+    train(DATA)
+    with pytest.raises(ValueError, match="checkpoint"):
+        train(other)
+
+
+def test_labels_that_are_all_unknown_are_asked_for():
+    with pytest.raises(ValueError, match="None of the 400 payments to train on has a label"):
+        fit(small("sage"), DATA, np.arange(400), None, Fraud(), RECIPE, progress=False)
