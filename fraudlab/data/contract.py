@@ -8,11 +8,12 @@ __all__ = ['TIME', 'LARGEST', 'EARLIEST', 'LATEST', 'KINDS', 'RESERVED', 'QUARAN
            'existing_file', 'read_parquet', 'need_columns']
 
 # %% ../../nbs/10_data/00_contract.ipynb #3abc6ca8
+import dataclasses
 import functools
 import inspect
 import keyword
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -208,21 +209,37 @@ def profile(tables: Tables) -> dict[str, float]:
     return {name: float(value) for name, value in row.items() if value is not None}
 
 # %% ../../nbs/10_data/00_contract.ipynb #4e5a8230
+def _options(function: Callable) -> dict[str, inspect.Parameter]:
+    "A source's options by name: its parameters, with the fields of a dataclass in the place of one that is a dataclass."
+    inner = lambda p: [p.replace(name=f.name, annotation=f.type, default=_default(f)) for f in dataclasses.fields(p.annotation)]
+    flat = [q for p in inspect.signature(function).parameters.values() for q in (inner(p) if is_dataclass(p.annotation) else [p])]
+    return {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in flat}
+
+def _default(field: dataclasses.Field):
+    if field.default_factory is not dataclasses.MISSING: return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
 def _option(function: Callable, parameter: inspect.Parameter, value):
     "`value` as the option's type; an integer may stand for a float."
     try: return msgspec.convert(value, parameter.annotation)
     except msgspec.ValidationError as e:
         raise ValueError(f"Option '{parameter.name}' of source '{function.__name__}' is {value!r}: {str(e).lower()}.") from None
 
+# %% ../../nbs/10_data/00_contract.ipynb #4e5a8231
 def source(function: Callable[..., Tables]) -> Callable[..., Tables]:
-    "Register a source; calls of it take options by name only, and check them."
-    parameters = inspect.signature(function).parameters
+    "Register a source; calls of it take options by name only, and check them. Fields of a parameter that is a dataclass are options too."
+    options = _options(function)
     @functools.wraps(function)
-    def checked(**options) -> Tables:
-        refuse_unknown(options, parameters, f"option of source '{function.__name__}'")
-        for name, p in parameters.items():
-            if p.default is p.empty and name not in options: raise ValueError(f"Source '{function.__name__}' needs the option '{name}'.")
-        return function(**{name: _option(function, parameters[name], value) for name, value in options.items()})
+    def checked(**given) -> Tables:
+        refuse_unknown(given, options, f"option of source '{function.__name__}'")
+        for name, p in options.items():
+            if p.default is p.empty and name not in given: raise ValueError(f"Source '{function.__name__}' needs the option '{name}'.")
+        values = {name: _option(function, options[name], value) for name, value in given.items()}
+        for p in inspect.signature(function).parameters.values():
+            if is_dataclass(p.annotation):
+                values[p.name] = p.annotation(**{f.name: values.pop(f.name) for f in dataclasses.fields(p.annotation) if f.name in values})
+        return function(**values)
+    checked.__signature__ = inspect.Signature([*options.values()], return_annotation=Tables)
     return register("source")(checked)
 
 # %% ../../nbs/10_data/00_contract.ipynb #ceba4943

@@ -106,18 +106,12 @@ def _rows(second: np.ndarray, customer: np.ndarray, terminal: np.ndarray, cents:
 # %% ../../../nbs/10_data/sources/handbook.ipynb #935390fe
 @source
 def handbook(
-    customers: int = World.customers,
-    terminals: int = World.terminals,
-    days: int = World.days,
-    start: str = World.start,
-    radius: float = World.radius,
-    delay_days: float = 7.0,        # from a payment to its label
-    compromised_terminals: int = World.compromised_terminals,
-    compromised_customers: int = World.compromised_customers,
-    seed: int = 0,                  # same seed, same rows
+    world: World,
+    delay_days: float = 7.0,    # from a payment to its label
+    seed: int = 0,              # same seed, same rows
 ) -> Tables:
     "The Fraud Detection Handbook's simulated world: cards paying at terminals, with three kinds of fraud."
-    rows = simulate(World(customers, terminals, days, start, radius, compromised_terminals, compromised_customers), seed)
+    rows = simulate(world, seed)
     rows = rows.with_columns(payment_id=pl.int_range(pl.len()).cast(pl.String), currency=pl.lit("EUR"))
     labels = rows.select("payment_id", is_fraud=pl.col("scenario") > 0, known_at=pl.col("event_time") + delay(delay_days))
     return check(rows.drop("scenario"), labels)

@@ -195,27 +195,10 @@ def _named(rows: pl.DataFrame, start: str) -> pl.DataFrame:
 # %% ../../../nbs/10_data/sources/transfers.ipynb #10d50016
 @source
 def transfers(
-    accounts: int = World.accounts,
-    days: int = World.days,
-    start: str = World.start,
-    activity: float = World.activity,
-    businesses: float = World.businesses,
-    novel: float = World.novel,
-    refunds: float = World.refunds,
-    patterns: dict[str, float] = dict.fromkeys(TYPOLOGIES, 1.5),   # planted in 30 days among 1000 accounts
-    sizes: tuple[int, int] = World.sizes,
-    factor: float = World.factor,
-    hop_hours: float = World.hop_hours,
-    fee: float = World.fee,
-    launderers: float = World.launderers,
-    cover: float = World.cover,
-    lookalikes: float = World.lookalikes,
-    delay_days: float = World.delay_days,
-    unknown: float = World.unknown,
-    seed: int = 0,                  # same seed, same rows
+    world: World,
+    seed: int = 0,    # same seed, same rows
 ) -> Tables:
     "A simulated world of accounts that pay accounts, with money laundering of six typologies."
-    world = World(accounts, days, start, activity, businesses, novel, refunds, patterns, sizes, factor, hop_hours, fee, launderers, cover, lookalikes, delay_days, unknown)
     rows = simulate(world, seed).with_columns(payment_id=pl.int_range(pl.len()).cast(pl.String), currency=pl.lit("EUR"))
     labels = rows.filter(pl.col("known_at").is_not_null()).select("payment_id", is_fraud=pl.col("typology").is_not_null(), known_at="known_at")
     about = Field("channel", "categorical", cardinality=len(CHANNELS), about="how the payment was made")
