@@ -110,6 +110,16 @@ def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
     print(f"killed and resumed {resumed[:16]}, left alone {alone['outputs']['weights_sha256'][:16]}")
 
 
+def test_ring_features_are_prepared_and_learned_from_and_not_packaged(lab, first):
+    """The service keeps no lists of who paid whom: to score by such a model it would have to make its features up."""
+    given = ("source=handbook", "options={customers: 400, terminals: 2000}", "rings=[1d, 7d]")
+    fraudlab(lab, "run", "prepare", *(word for text in given for word in ("-p", text)))
+    fraudlab(lab, "run", "train", "-p", "model=logistic")
+    done = subprocess.run([Path(sys.executable).parent / "fraudlab", "run", "package"], cwd=ROOT, env=lab, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode and "was trained with ring features of 1d, 7d, which the service does not keep yet" in said, said
+
+
 def test_list_and_doctor_know_what_there_is(lab):
     listed = fraudlab(lab, "list")
     for name in ("mapped", "ulb", "handbook_strict", "logistic", "forest", "boosted", "decoder", "fraud", "prepare", "audit", "serve"):
