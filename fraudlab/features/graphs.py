@@ -22,6 +22,8 @@ import polars as pl
 from jaxtyping import Float32, Int, Int8, Int32, Int64, UInt64
 from xxhash import xxh64_intdigest
 
+from ..core.memory import fetch
+
 # %% ../../nbs/20_features/55_graphs.ipynb #65000005
 NEVER = np.iinfo(np.int64).max
 
@@ -139,25 +141,24 @@ def _mixed(x):
     return x ^ (x >> np.uint64(31))
 
 @numba.njit(cache=True)
-def _drawn(many, k, key, into):
-    "`k` different numbers below `many`, falling (Floyd's algorithm: Bentley and Floyd 1987)."
+def _drawn(many, key, numbers, into):
+    "As many different numbers below `many` as `into` holds, falling (Floyd's algorithm: Bentley and Floyd 1987); `numbers` is memory."
+    k = len(into)
     for i in range(k):
-        top = many - k + i
-        one = np.int64(_mixed(key + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15)) % np.uint64(top + 1))
-        for j in range(i):
-            if into[j] == one:
-                one = top
-                break
-        place = i                                  # kept in falling order
-        while place > 0 and into[place - 1] < one:
-            into[place] = into[place - 1]
-            place -= 1
-        into[place] = one
+        top, twice = many - k + i, False
+        half = _mixed(key + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+        one = np.int64(half * np.uint64(top + 1) >> np.uint64(32))
+        for j in range(i): twice |= numbers[j] == one
+        numbers[i] = top if twice else one
+    for i in range(k):                             # without branches, which nobody could foretell
+        above = 0
+        for j in range(k): above += numbers[j] > numbers[i]
+        into[above] = numbers[i]
 
 # %% ../../nbs/20_features/55_graphs.ipynb #6500000c
 @numba.njit(cache=True, nogil=True)
-def _choose(start, when, key, n, time, latest, seed, chosen):
-    "Entries of node `n` before `time`, newest first; returns how many there are, at most as many as `chosen` holds."
+def _choose(start, when, key, n, time, latest, seed, numbers, chosen):
+    "Entries of node `n` before `time`, newest first; returns how many there are, at most as many as `chosen` holds. `numbers`, as long, is memory."
     low, high, k = start[n], start[n + 1], len(chosen)
     if high > low and when[high - 1] < time: low = high
     while low < high:                              # the first entry that is not before the time
@@ -169,17 +170,31 @@ def _choose(start, when, key, n, time, latest, seed, chosen):
     if latest or many <= k:
         for i in range(found): chosen[i] = low - 1 - i
     else:
-        _drawn(many, k, _mixed(_mixed(np.uint64(seed)) ^ key[n]) ^ _mixed(np.uint64(time)), chosen)
+        _drawn(many, _mixed(_mixed(np.uint64(seed)) ^ key[n]) ^ _mixed(np.uint64(time)), numbers, chosen)
         for i in range(k): chosen[i] += start[n]
     return found
+
+@numba.njit(inline="always")
+def _ask(start, other, when, payment, key, nodes, i, end):
+    "Have fetched what `_choose` will read for the nodes that come after `nodes[i]`."
+    if i + 16 < end and nodes[i + 16] >= 0:
+        fetch(start, nodes[i + 16])
+        fetch(key, nodes[i + 16])
+    if i + 8 < end and nodes[i + 8] >= 0:
+        low, high = start[nodes[i + 8]], start[nodes[i + 8] + 1]
+        fetch(when, high - 1)
+        for at in range(max(low, high - 64), high, 16):
+            fetch(other, at)
+            fetch(payment, at)
 
 @numba.njit(cache=True, nogil=True)
 def _neighbours(start, other, when, payment, relation, key, nodes, times, latest, seed, node_out, payment_out, relation_out, port_out, time_out):
     "Fill the rows of the outputs, `[S, K]`."
     k = node_out.shape[1]
-    chosen = np.empty(k, np.int64)
+    numbers, chosen = np.empty((2, k), np.int64)
     for s in range(len(nodes)):
-        found = _choose(start, when, key, nodes[s], times[s], latest, seed, chosen) if nodes[s] >= 0 else 0
+        _ask(start, other, when, payment, key, nodes, s, len(nodes))
+        found = _choose(start, when, key, nodes[s], times[s], latest, seed, numbers, chosen) if nodes[s] >= 0 else 0
         for i in range(found):
             at = chosen[i]
             node_out[s, i], payment_out[s, i], relation_out[s, i], time_out[s, i] = other[at], payment[at], relation[at], when[at]
@@ -414,9 +429,10 @@ def _mark(place, nodes):
 @numba.njit(cache=True, nogil=True)
 def _met(start, other, when, payment, key, place, known, first, last, time, k, latest, seed, sides):
     "Choose neighbours of the nodes `known[first:last]`, number the new ones, and write all edges; returns how many nodes and edges there are then."
-    filled, edges, chosen = last, 0, np.empty(k, np.int64)
+    (numbers, chosen), filled, edges = np.empty((2, k), np.int64), last, 0
     for i in range(first, last):
-        for c in range(_choose(start, when, key, known[i], time, latest, seed, chosen)):
+        _ask(start, other, when, payment, key, known, i, last)
+        for c in range(_choose(start, when, key, known[i], time, latest, seed, numbers, chosen)):
             n = other[chosen[c]]
             if place[n] < 0:
                 place[n], known[filled] = filled, n

@@ -25,11 +25,11 @@ import numba
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
-from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
 from ..core.errors import refuse_unknown
+from ..core.memory import fetch
 from .contract import Weights
 from .layers import Linear, to_weights, with_weights
 from .zoo.gat import GatLayer
@@ -209,21 +209,10 @@ def call(make: Callable, sizes: tuple[int, ...], results: tuple[tuple[int, ...],
     return jax.ffi.ffi_call(target(make, *sizes), [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results])(*arguments)
 
 # %% ../../nbs/30_models/25_whole_graphs.ipynb #25a00026
-@intrinsic
-def _fetch(typing, address):
-    "Ask for the 64 bytes at `address`, which are needed soon."
-    def build(context, builder, signature, arguments):
-        there, number = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()), ir.IntType(32)
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [there.type], ir.FunctionType(ir.VoidType(), [there.type, *[number] * 3]))
-        builder.call(ask, [there, number(0), number(3), number(1)])
-        return context.get_dummy_value()
-    return types.void(types.int64), build
-
 @numba.njit(inline="always")
 def ahead(x, row, width):
     "Ask for a row of `x`."
-    there = x.ctypes.data + 4 * np.int64(row) * width
-    for j in range(0, width, 16): _fetch(there + 4 * j)
+    for j in range(0, width, 16): fetch(x, np.int64(row) * width + j)
 
 @numba.njit(inline="always")
 def four(other, e, stop):
