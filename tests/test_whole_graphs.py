@@ -127,6 +127,17 @@ def test_any_number_of_cores_gives_the_same_to_the_last_bit(monkeypatch):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_a_kernel_that_is_defined_again_is_another_one():
+    """As in a notebook whose cell is run twice, or beside the module that it makes: XLA takes no name a second time."""
+    x, made = np.arange(12, dtype=np.float32).reshape(3, 4), edges(np.array([0, 1]), np.array([1, 2]), 3)
+    sums, first = lambda: neighbour_sum(x, made, compiled=True), whole_graphs.target(whole_graphs.sum_kernel, 4, 0)
+    np.testing.assert_array_equal(sums(), [x[0] * 0, x[0], x[1]])
+    whole_graphs.target.cache_clear()
+    assert whole_graphs.target(whole_graphs.sum_kernel, 4, 0) != first
+    jax.clear_caches()
+    np.testing.assert_array_equal(sums(), [x[0] * 0, x[0], x[1]])
+
+
 def test_what_is_no_number_is_not_hidden():
     made, x = edges(np.array([0, 1]), np.array([1, 2]), 3), np.ones((3, 16), np.float32)
     x[0, 3] = np.nan

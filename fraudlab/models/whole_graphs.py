@@ -200,7 +200,7 @@ def target(make: Callable, *sizes: int) -> str:
     _alive.append(kept)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    name = "_".join(["fraudlab", make.__name__, *map(str, sizes)])
+    name = "_".join(["fraudlab", make.__name__, *map(str, sizes), f"{kept[0].address:x}"])       # a kernel that was changed in a notebook is another one
     jax.ffi.register_ffi_target(name, capsule(kept[0].address, None, None), platform="cpu")
     return name
 
