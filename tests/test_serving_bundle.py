@@ -149,7 +149,7 @@ def fresh(name: str):
     kind = resolve("model", name)
     options = {k: v for k, v in SMALL.items() if k in kind.__dataclass_fields__}
     model = kind(data.columns, **options | ({"base_options": SMALL} if "base_options" in kind.__dataclass_fields__ else {}))
-    sample = inputs(data, planned := plan(data, np.arange(300), 7, 64), np.arange(len(planned)))
+    sample = inputs(data, planned := plan(data, np.arange(300), 7, 64), np.arange(len(planned)), model.fanout)
     if not isinstance(model, Estimator):
         return data, model, {k: np.asarray(v) for k, v in model.init(sample, 0).items()}
     start = model.network and model.network.init(sample, 0)
@@ -166,9 +166,13 @@ def latest(data, model, position: int) -> Inputs:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_can_be_bundled(name, tmp_path):
-    """Any model of the zoo gives the same scores from its bundle, by its program or by its steps, as from a table."""
+    """Any model of the zoo gives the same scores from its bundle, by its program or by its steps, as from a table, or is refused."""
     data, model, weights = fresh(name)
     keys = create_key(tmp_path / "keys")
+    if model.fanout:
+        with pytest.raises(ValueError, match="neighbours in the payments' graph, and the service keeps each payer's own history only"):
+            write(tmp_path / name, model, weights, private_key=keys.private, **PARTS)
+        return
     bundle = load(write(tmp_path / name, model, weights, private_key=keys.private, **PARTS), keys.public)
     assert bundle.model["name"] == name
     if bundle.stepper is None:
