@@ -21,11 +21,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 
 @contextmanager
 def _plain_errors():
-    "Show what was wrong in one message, without a traceback, and end with code 1."
+    "Show what was wrong in one message, without a traceback, and end with code 1, or 75 (try again) where it was asked to stop."
     try: yield
     except (ValueError, RuntimeError, OSError) as e:
         typer.secho(str(e), fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(getattr(e, "exit_code", 1)) from None
 
 # %% ../nbs/cli.ipynb #1efd7f06
 @app.command()

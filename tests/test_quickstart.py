@@ -86,25 +86,40 @@ def test_no_path_of_this_machine_is_in_a_result(lab, first):
         assert not re.search(rf"{re.escape(str(ROOT))}|/(home|root)/", outputs), name
 
 
-def test_a_training_run_that_is_killed_goes_on_to_the_same_weights(lab, first):
-    """SIGKILL to the command and its kernel in the middle of training; the same command again; and one that was left alone."""
+def started_until(lab: dict[str, str], command: list, step: int) -> tuple[subprocess.Popen, Path]:
+    """A training run that has just kept its state of `step` or a later one, and its folder."""
+    process = subprocess.Popen(command, cwd=ROOT, env=lab, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    runs, deadline = Path(lab["FRAUDLAB_RUNS"]) / "train", time.monotonic() + 90
+    kept = lambda: [p for p in runs.glob("*/checkpoints/[0-9]*") if p.name.isdigit() and int(p.name) >= step]  # noqa: E731
+    while not (found := kept()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process, found[0].parents[1]
+
+
+def test_a_training_run_that_is_killed_or_asked_to_stop_goes_on_to_the_same_weights(lab, first):
+    """SIGKILL to the command and its kernel in the middle of training; SIGTERM to the command; then left alone."""
     command = [Path(sys.executable).parent / "fraudlab", "run", "train", "-p", "model=decoder"]
     command += ["-p", "recipe={epochs: 8, checkpoint_every: 20, tokens: 512}", "-p", "options={width: 16, layers: 1, window: 8}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=lab, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs, deadline = Path(lab["FRAUDLAB_RUNS"]) / "train", time.monotonic() + 90
-    while not (kept := list(runs.glob("*/checkpoints/40"))) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process, folder = started_until(lab, command, 40)
     for child in [*psutil.Process(process.pid).children(recursive=True), process]:
         child.send_signal(signal.SIGKILL)
-    process.wait()
-    folder = kept[0].parents[1]
+    process.communicate()
     assert not (folder / "result.json").exists(), "killed too late: it had finished"
+
+    process, same = started_until(lab, command, 100)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert same == folder
+    assert process.returncode == os.EX_TEMPFAIL, said
+    assert "asked to stop (SIGTERM)" in said
+    assert "and the same call goes on from it" in " ".join(said.split())
+    assert not (folder / "result.json").exists(), "asked too late: it had finished"
 
     again = subprocess.run(command, cwd=ROOT, env=lab, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     resumed = json.loads((folder / "result.json").read_text())["outputs"]["weights_sha256"]
     subprocess.run([*command, "--fresh"], cwd=ROOT, env=lab, check=True, stdout=subprocess.DEVNULL)
-    alone = json.loads((runs / "latest" / "result.json").read_text())
+    alone = json.loads((folder.parent / "latest" / "result.json").read_text())
     assert alone["id"] != folder.name
     assert alone["outputs"]["weights_sha256"] == resumed
     print(f"killed and resumed {resumed[:16]}, left alone {alone['outputs']['weights_sha256'][:16]}")

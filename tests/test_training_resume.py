@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from fraudlab.core.registry import resolve
+from fraudlab.evaluation.faults import Training, attempt
 from fraudlab.models.contract import example, weights_hash
+from fraudlab.training.checkpoints import Checkpoints
 from fraudlab.training.loop import Recipe, batch_at, fit
 
 # prints each step that was trained, then the hash of the final weights
@@ -95,3 +97,81 @@ def test_a_training_that_leaves_the_numbers_stops_and_keeps_nothing_broken(tmp_p
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) between steps 1 and 1\b.*learning_rate"):
         fit(tiny(data.columns), data, np.arange(200), fraud, **run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_is_asked_to_stop_keeps_its_last_step_and_says_so(tmp_path):
+    training = Training()
+    alone = attempt(training, tmp_path / "alone")
+    asked = attempt(training, tmp_path / "asked", signal.SIGTERM, after=0.05)
+    assert asked.code == 1
+    last = max(asked.losses)
+    assert f"Asked to stop after step {last} of {STEPS}" in asked.said
+    again = attempt(training, tmp_path / "asked")
+    assert min(again.losses) == last + 1
+    assert again.weights == alone.weights != ""
+
+
+def kept_states(folder) -> dict:
+    """Two checkpoints of a state that counts."""
+    state = {"count": np.arange(1000, dtype=np.float32)}
+    with Checkpoints(folder, {"training": 1}) as kept:
+        for step in (1, 2):
+            kept.save(step, {"count": state["count"] + step})
+    return state
+
+
+@pytest.mark.parametrize("spoil", ["bit", "cut", "missing"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tmp_path, spoil, capsys):
+    folder = tmp_path / "checkpoints"
+    state = kept_states(folder)
+    largest = max((p for p in (folder / "2").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = largest.read_bytes()
+    if spoil == "missing":
+        largest.unlink()
+    else:
+        middle = len(content) // 2
+        largest.write_bytes(content[:middle] + (bytes([content[middle] ^ 4]) + content[middle + 1 :] if spoil == "bit" else b""))
+    with Checkpoints(folder, {"training": 1}) as kept:
+        step, found = kept.restore(state)
+        assert step == 1
+        np.testing.assert_array_equal(found["count"], state["count"] + 1)
+        assert "The checkpoint of step 2 is damaged" in capsys.readouterr().err
+        kept.save(2, {"count": state["count"] + 2})
+    with Checkpoints(folder, {"training": 1}) as kept:
+        assert kept.restore(state)[0] == 2
+    assert len(list((tmp_path / "checkpoints.damaged").iterdir())) == 1
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_trained(tmp_path):
+    folder = tmp_path / "checkpoints"
+    state = kept_states(folder)
+    for file in (p for p in folder.rglob("*") if p.is_file()):
+        file.write_bytes(b"")
+    with Checkpoints(folder, {"training": 1}) as kept, pytest.raises(ValueError, match=r"All checkpoints in .* are damaged"):
+        kept.restore(state)
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from fraudlab.training.checkpoints import Checkpoints
+state = {"count": np.arange(500_000, dtype=np.float32)}
+with Checkpoints(sys.argv[1], {"training": 1}) as kept:
+    kept.save(1, state)
+    kept._manager.wait_until_finished()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))      # as if the disk were full: EFBIG
+    state["count"] = np.random.default_rng(0).random(500_000, np.float32)
+    kept.save(2, state)
+"""
+
+
+def test_a_full_disk_is_told_and_what_was_kept_before_is_whole(tmp_path):
+    folder = tmp_path / "checkpoints"
+    done = subprocess.run([sys.executable, "-c", FULL, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"OSError: No checkpoint could be written into {folder}" in done.stderr
+    assert "See that there is room" in done.stderr
+    with Checkpoints(folder, {"training": 1}) as kept:
+        step, state = kept.restore({"count": np.zeros(500_000, np.float32)})
+    assert step == 1
+    np.testing.assert_array_equal(state["count"], np.arange(500_000))

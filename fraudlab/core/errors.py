@@ -8,6 +8,7 @@ __all__ = ['closest', 'refuse_unknown', 'from_options']
 # %% ../../nbs/00_core/00_errors.ipynb #992d8db7
 import difflib
 from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import get_type_hints
 
 # %% ../../nbs/00_core/00_errors.ipynb #ce819f86
@@ -44,6 +45,9 @@ def from_options(
     types = {name: hint for name, hint in get_type_hints(kind).items() if name in kind.__dataclass_fields__ and name not in fixed}
     refuse_unknown(given, types, f"option of {what}")
     for name, value in given.items():
+        if is_dataclass(types[name]) and isinstance(value, dict):
+            fixed[name] = from_options(types[name], value, f"{name} of {what}")
+            continue
         try: fixed[name] = msgspec.convert(value, types[name])
         except msgspec.ValidationError as e: raise ValueError(f"Option '{name}' of {what} is {value!r}: {str(e).lower()}.") from None
     return kind(**fixed)

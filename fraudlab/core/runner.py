@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'KEEP_MEMORY', 'Parameter', 'flow_path', 'flows', 'declared', 'checked', 'typed', 'parse_assignments',
-           'inputs_hash', 'FlowError', 'run_flow', 'tcmalloc', 'library_variables', 'device_variables']
+           'inputs_hash', 'FlowError', 'Interrupted', 'run_flow', 'tcmalloc', 'library_variables', 'device_variables']
 
 # %% ../../nbs/00_core/40_runner.ipynb #5df9d58b
 import ast
@@ -14,8 +14,10 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -120,8 +122,13 @@ def inputs_hash(cells: list[dict], parameters: dict, data: dict[str, str], lock:
 class FlowError(RuntimeError):
     "A flow that failed: says which cell, with what error, and where the notebook is."
 
-def _failure(flow: str, notebook: Path, e: Exception) -> FlowError:
+class Interrupted(FlowError):
+    "A flow that was asked to stop, by SIGTERM, and goes on where it stopped when it is run again."
+    exit_code = os.EX_TEMPFAIL     # 75, try again: schedulers can be told to put such a job back into the queue
+
+def _failure(flow: str, notebook: Path, e: Exception, asked: bool) -> FlowError:
     shown = relative(notebook)
+    if asked: return Interrupted(f"Flow '{flow}' was asked to stop (SIGTERM). {getattr(e, 'evalue', '')} Run it again to go on where it stopped: {shown}")
     if hasattr(e, "ename"):
         trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)).strip().splitlines()
         first = f"Flow '{flow}' failed in cell {e.exec_count}: {e.ename}: {e.evalue}"
@@ -231,8 +238,8 @@ def _environment(**variables):
         for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../../nbs/00_core/40_runner.ipynb #83ae6b0b
-def _kernel(sockets: str, log: Path) -> type:
-    "Kernel manager whose sockets lie in the folder `sockets`; what the process itself prints goes to `log`."
+def _kernel(sockets: str, log: Path, kernels: list) -> type:
+    "Kernel manager whose sockets lie in the folder `sockets`; what the process itself prints goes to `log`; one that runs is in `kernels`."
     from jupyter_client import AsyncKernelManager
     from traitlets import default
     class Kernel(AsyncKernelManager):
@@ -242,7 +249,24 @@ def _kernel(sockets: str, log: Path) -> type:
         def _ip(self): return f"{sockets}/kernel"
         async def _async_launch_kernel(self, kernel_cmd, **options):
             with open(log, "ab") as output: await super()._async_launch_kernel(kernel_cmd, stdout=output, stderr=output, **options)
+            kernels.append(self)
     return Kernel
+
+# %% ../../nbs/00_core/40_runner.ipynb #118b9c96
+@contextmanager
+def _passed_on(kernels: list):
+    "Pass SIGTERM on to the kernels; gives a list that has the signal in it once it came. Only a process's first thread hears signals."
+    asked = []
+    def stop(number, _):
+        asked.append(number)
+        for kernel in kernels:
+            if kernel.provisioner and kernel.provisioner.pid: os.kill(kernel.provisioner.pid, number)
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try: yield asked
+    finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/00_core/40_runner.ipynb #118b9c97
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
@@ -256,14 +280,14 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     def cell_done(cell, cell_index, execute_reply):
         done.append(round(time.perf_counter() - started, 2))
         progress(len(done) / total, last[0])
-    output, tail, s = folder / f"{flow}.ipynb", _Tail(show), settings()
+    output, tail, s, kernels, asked = folder / f"{flow}.ipynb", _Tail(show), settings(), [], []
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
-        with tempfile.TemporaryDirectory() as sockets, _environment(**variables):
+        with tempfile.TemporaryDirectory() as sockets, _environment(**variables), _passed_on(kernels) as asked:
             papermill.execute_notebook(
-                notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log"), cwd=str(s.root),
+                notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log", kernels), cwd=str(s.root),
                 progress_bar=False, coalesce_streams=True, stdout_file=tail, stderr_file=tail, on_cell_executed=cell_done)
-    except Exception as e: raise _failure(flow, output, e) from e
+    except Exception as e: raise _failure(flow, output, e, bool(asked)) from e
     return {"seconds": round(time.perf_counter() - started, 2), "cells": done}
 
 # %% ../../nbs/00_core/40_runner.ipynb #92b871e3

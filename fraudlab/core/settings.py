@@ -42,6 +42,9 @@ class Settings:
     state: str = field(default="", repr=False)    # where the service's online state is, such as redis://:password@host:6379/0
     public_key: str = ""       # key that a bundle must be signed with; default `keys/public.pem`
     api_key: str = field(default="", repr=False)  # key that callers must show; from the environment only
+    coordinator: str = ""      # address of the first of several processes that train together, such as host:1234
+    processes: int = 1         # how many they are
+    process: int = 0           # which of them this is, from 0
     run: str = ""              # folder of the run in progress, set by the runner
 
 # %% ../../nbs/00_core/20_settings.ipynb #be2b3d91
@@ -66,13 +69,13 @@ def settings() -> Settings:
     root = lab_root()
     given = _given(root) | {"root": root}
     for name in PATHS: given[name] = (root / os.path.expanduser(given.get(name) or name)).resolve()
-    given["seed"] = _whole_number(given.get("seed", 0))
+    for name, default in (("seed", 0), ("processes", 1), ("process", 0)): given[name] = _whole_number(name, given.get(name, default))
     if given.setdefault("device", "auto") not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device = {given['device']}: must be auto, cpu or gpu.")
     given["tracking"] = given.get("tracking") or f"sqlite:///{given['registry'] / 'mlflow.db'}"
     given["public_key"] = given.get("public_key") or str(given["keys"] / "public.pem")
     return Settings(**given)
 
-def _whole_number(seed) -> int:
-    if not str(seed).isdecimal(): raise ValueError(f"seed = {seed}: must be a whole number, 0 or more.")
-    return int(seed)
+def _whole_number(name: str, value) -> int:
+    if not str(value).isdecimal(): raise ValueError(f"{name} = {value}: must be a whole number, 0 or more.")
+    return int(value)

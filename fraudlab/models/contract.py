@@ -70,6 +70,10 @@ class Network(Model):
         "Weights to begin with; `inputs` is a sample of training payments, to fit scales and edges on."
         raise NotImplementedError(f"{type(self).__name__} has no init(inputs, seed).")
 
+    def directions(self) -> dict[str, tuple[str | None, ...]]:
+        "Names of the directions of weights, by which meshes cut them; those without any are copied."
+        return {}
+
     def hidden(self, weights: Weights, inputs: Inputs, hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T D"]:
         "Embedding of each payment and what came before it; columns that `hide` marks are not shown."
         raise NotImplementedError(f"{type(self).__name__} has no hidden(weights, inputs).")

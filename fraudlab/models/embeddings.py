@@ -109,9 +109,9 @@ class FieldEmbedding(nnx.Module):
         self.columns, self.way = tuple(columns), numbers
         self.edges, self.mean, self.deviation = Fixed(jnp.zeros((n, pieces + 1))), Fixed(jnp.zeros((n, 2))), Fixed(jnp.ones((n, 2)))
         if numbers != "pieces": self.frequencies = nnx.Param(jax.random.normal(rngs.params(), (n, pieces)))
-        self.numbers = nnx.Param(of_numbers.reshape(n, read, width) * scale)
+        self.numbers = nnx.Param(of_numbers.reshape(n, read, width) * scale, directions=(None, None, "width"))
         if weeks: self.weeks = nnx.Param(of_weeks.reshape(weeks, around, width) / HARMONICS.size ** .5)
-        of_tables = [nnx.Param(rows / 10) for rows in of_tables]        # small: an id that training never meets says little
+        of_tables = [nnx.Param(rows / 10, directions=(None, "width")) for rows in of_tables]        # small: an id that training never meets says little
         self.tables, self.hidden, self.bias = nnx.List(of_tables), nnx.Param(hidden), nnx.Param(jnp.zeros(width))
 
     def __call__(self, rows: Float32[Array, "... F"], hidden: Bool[Array, "... C"] | None = None) -> Float32[Array, "... D"]:

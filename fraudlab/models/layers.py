@@ -65,7 +65,11 @@ def rotate(heads: Float32[Array, "B T H d"], turns: Float32[Array, "B T P"]) -> 
 
 # %% ../../nbs/30_models/10_layers.ipynb #11ea7001
 class Linear(nnx.Linear):
-    "`tokens·kernel + bias`: `[..., D]` to `[..., E]`."
+    "`tokens·kernel + bias`: `[..., D]` to `[..., E]`. The directions of its kernel have names, by which meshes cut it."
+
+    def __init__(self, inner: int, outer: int, *, directions: tuple[str | None, str | None] = ("width", None), **options):
+        super().__init__(inner, outer, **options)
+        self.kernel.set_metadata(directions=directions)
 
     def __call__(self, tokens: Float32[Array, "... D"]) -> Float32[Array, "... E"]:
         rows = product(tokens.reshape(-1, tokens.shape[-1]), self.kernel[...])
@@ -121,8 +125,9 @@ class Attention(nnx.Module):
         if width % (2 * heads) or heads % key_heads:
             raise ValueError(f"width = {width}, heads = {heads}, key_heads = {key_heads}: make width a multiple of 2 × heads, and heads one of key_heads.")
         self.heads, self.key_heads = heads, key_heads
-        linear = lambda heads: Linear(width, width // self.heads * heads, use_bias=False, rngs=rngs)
-        self.query, self.key, self.value, self.out = (linear(h) for h in (heads, key_heads, key_heads, heads))
+        linear = lambda heads: Linear(width, width // self.heads * heads, use_bias=False, directions=("width", "heads"), rngs=rngs)
+        self.query, self.key, self.value = (linear(h) for h in (heads, key_heads, key_heads))
+        self.out = Linear(width, width, use_bias=False, directions=("heads", "width"), rngs=rngs)
 
     def __call__(self, tokens: Float32[Array, "B T D"], turned: Float32[Array, "B T P"], visible: Bool[Array, "B 1 T T"]) -> Float32[Array, "B T D"]:
         split = lambda x, heads: x.reshape(*x.shape[:2], heads, -1)
@@ -134,8 +139,8 @@ class Gated(nnx.Module):
     "SwiGLU, `silu(x·gate) ∘ (x·up) · down`, with a hidden width of twice `D`: `[..., D]` to `[..., D]`."
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.gate, self.up = (Linear(width, 2 * width, use_bias=False, rngs=rngs) for _ in range(2))
-        self.down = Linear(2 * width, width, use_bias=False, rngs=rngs)
+        self.gate, self.up = (Linear(width, 2 * width, use_bias=False, directions=("width", "hidden"), rngs=rngs) for _ in range(2))
+        self.down = Linear(2 * width, width, use_bias=False, directions=("hidden", "width"), rngs=rngs)
 
     def __call__(self, tokens: Float32[Array, "... D"]) -> Float32[Array, "... D"]:
         return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens))
@@ -193,6 +198,11 @@ class ModuleNetwork(Network):
         numbers = np.asarray(fields(inputs))[np.asarray(inputs.sequence) > 0]
         fixed = fit_fields((*self.columns, ELAPSED), numbers, self.pieces)
         return weights | {f"fixed.embed.{key}": value for key, value in fixed.items()} | first_judge(self.width, seed)
+
+    def directions(self) -> dict[str, tuple[str | None, ...]]:
+        "Names of the directions of its weights, where they have any: by these a mesh cuts them."
+        found = {key: variable.get_metadata().get("directions") for key, (_, variable) in _keyed(_blank(self)).items()}
+        return {key: names for key, names in found.items() if names}
 
     def hidden(self, weights: Weights, inputs: Inputs, hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T D"]:
         "Embedding of each payment and what came before it."

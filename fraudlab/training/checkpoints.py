@@ -7,6 +7,9 @@ __all__ = ['OtherTraining', 'Checkpoints']
 
 # %% ../../nbs/40_training/10_checkpoints.ipynb #f1879bab
 import json
+import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ..models.contract import weights_hash
+from .mesh import gathered
 
 # %% ../../nbs/40_training/10_checkpoints.ipynb #3b977606
 def _hash(state: Any) -> str:
@@ -38,29 +42,50 @@ class Checkpoints:
 
     def __enter__(self): return self
 
-    def __exit__(self, *error): self._manager.close()
+    def __exit__(self, kind, *error):
+        with suppress(Exception) if kind else self._told(): self._manager.close()     # what went wrong first is what is told
 
     def save(self, step: int, state: Any) -> None:
-        "Keep `state` as that after `step` steps; returns when it is copied, writes in the background."
-        state = jax.tree.map(np.array, state)                       # a copy: the training goes on in the same memory
+        "Keep `state` as that after `step` steps; returns when it is copied, writes in the background. `OSError` where the last one could not be written."
+        state = gathered(state)                                     # a copy: the training goes on in the same memory
         items = dict(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"run": self.run, "sha256": _hash(state)}))
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._told(): self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        "The newest step and its state, shaped as `like`; `(0, like)` if none is kept. Raises `OtherTraining`; `ValueError` if damaged."
-        step = self._manager.latest_step()
-        if step is None: return 0, like
+        "The newest step that is intact and its state, shaped as `like`; `(0, like)` if none is kept. Raises `OtherTraining`; `ValueError` if all are damaged."
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try: state = self._read(step, like)
+            except OtherTraining: raise
+            except Exception as e: damaged[step] = str(e).strip().splitlines()[0][:100]
+            else: return step, self._go_on(step, damaged, state)
+        if damaged: raise ValueError(f"All checkpoints in {self.folder} are damaged ({damaged}): delete that folder to train from the beginning.")
+        return 0, like
+
+    def _read(self, step: int, like: Any) -> Any:
         read = lambda **items: self._manager.restore(step, args=ocp.args.Composite(**items))
-        try:
-            about = read(about=ocp.args.JsonRestore()).about
-            _refuse_other(about["run"], self.run, self.folder)
-            state = read(state=ocp.args.StandardRestore(jax.tree.map(np.asarray, like))).state
-            if _hash(state) != about["sha256"]: raise OSError("its numbers are not those that were written")
-        except OtherTraining: raise
+        about = read(about=ocp.args.JsonRestore()).about
+        _refuse_other(about["run"], self.run, self.folder)
+        state = read(state=ocp.args.StandardRestore(jax.tree.map(np.asarray, like))).state
+        if _hash(state) != about["sha256"]: raise OSError("its numbers are not those that were written")
+        return state
+
+    def _go_on(self, step: int, damaged: dict[int, str], state: Any) -> Any:
+        "Put what is damaged beside the folder, and say so."
+        for bad, why in damaged.items():
+            aside = self.folder.with_name(f"{self.folder.name}.damaged") / f"{bad}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(bad)).rename(aside)
+            print(f"The checkpoint of step {bad} is damaged ({why}): put aside as {aside}. The one of step {step} is taken.", file=sys.stderr)
+        if damaged: self._manager.reload()
+        return state
+
+    @contextmanager
+    def _told(self):
+        try: yield
         except Exception as e:
-            raise ValueError(f"The checkpoint {self.folder / str(step)} is damaged: {str(e)[:100]}. "
-                             "Delete that folder to go on from the one before it.") from e
-        return step, state
+            raise OSError(f"No checkpoint could be written into {self.folder}: {str(e).strip().splitlines()[0][:200]}. "
+                          "See that there is room; the same call then goes on from the newest one that is whole.") from e
 
 # %% ../../nbs/40_training/10_checkpoints.ipynb #d56d3bdf
 def _refuse_other(kept: dict, given: dict, folder: Path) -> None:

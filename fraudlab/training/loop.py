@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['advance', 'SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'step', 'zero_sums', 'first_state',
-           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'planned_for', 'batch', 'train', 'fit']
+           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'planned_for', 'batch', 'Preempted',
+           'asked_to_stop', 'train', 'fit']
 
 # %% ../../nbs/40_training/20_loop.ipynb #6dda437f
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +29,7 @@ from ..core.errors import refuse_unknown
 from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, inputs, plan
 from ..models.contract import Model, Network, Weights, check_inputs, check_labels, looked_at, to_dict, weights_hash
 from .adaptation import merge, split
+from .mesh import Axes, gathered, kept_there, rows_here, spread, spread_rows
 from .objective import Objective, Targets
 
 # %% ../../nbs/40_training/20_loop.ipynb #db39861b
@@ -43,6 +47,7 @@ class Recipe:
     adapt: str = "full"            # which weights are trained: full, frozen (the last layer) or lora
     rank: int = 8                  # of lora's products
     precision: str = "float32"     # of the numbers in matrix products: float32 or bfloat16; all else stays in float32
+    mesh: Axes = Axes()            # devices in each direction: data, fsdp, tensor
     checkpoint_every: int = 100    # steps
     log_every: int = 20            # steps
 
@@ -90,7 +95,8 @@ def step(
         updates, moments = make_optimizer(recipe, steps).update(gradient, state["optimizer"], state["weights"])
     weights = optax.apply_updates(state["weights"], updates)
     figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "weight_norm": optax.tree.norm(weights)}
-    return {"weights": weights, "optimizer": moments, "sums": {key: state["sums"][key] + value for key, value in figures.items()}}
+    after = {"weights": weights, "optimizer": moments, "sums": {key: state["sums"][key] + value for key, value in figures.items()}}
+    return kept_there(model, recipe.mesh, after)
 
 def zero_sums() -> dict: return {key: np.zeros((), np.float32) for key in ("loss", "gradient_norm", "weight_norm")}
 
@@ -117,7 +123,8 @@ def describe(
               "labels": labels.cast(pl.Int8).fill_null(-1).to_numpy()}
     if model.fanout and dataset.graph: arrays |= {name: value for name, value in dataset.graph._asdict().items() if isinstance(value, np.ndarray)}
     named = {"name": type(objective).__name__, **asdict(objective)}
-    return {"model": to_dict(model), "objective": named, "recipe": asdict(recipe), "seed": seed, "data": weights_hash(arrays),
+    same = {name: value for name, value in asdict(recipe).items() if name != "mesh"}        # a training may go on on another one
+    return {"model": to_dict(model), "objective": named, "recipe": same, "seed": seed, "data": weights_hash(arrays),
             "start": start and weights_hash(start)}
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811996
@@ -157,6 +164,21 @@ def batch(
     scored, at = planned.scored[rows] & counts[:, None], dataset.order[planned.at[rows]]
     return inputs(dataset, planned, rows, fanout, latest), Targets(labels[at], known[at] & scored, scored)
 
+# %% ../../nbs/40_training/20_loop.ipynb #eb81199b
+class Preempted(RuntimeError):
+    "A training was asked to stop, and has kept its state."
+
+@contextmanager
+def asked_to_stop():
+    "A list with a signal in it once SIGTERM has come; only a process's first thread hears signals."
+    asked = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try: yield asked
+    finally: signal.signal(signal.SIGTERM, before)
+
 # %% ../../nbs/40_training/20_loop.ipynb #eb811998
 def train(
     model: Network, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Objective, recipe: Recipe, seed: int,
@@ -168,24 +190,29 @@ def train(
     known, truth = labels.is_not_null().to_numpy(), labels.fill_null(False).to_numpy().astype(np.float32)
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)
 
-    state = first_state(weights, recipe, steps)
+    place, here = partial(spread, model, recipe.mesh), rows_here(recipe.mesh, recipe.rows)
+    state, fixed = first_state(weights, recipe, steps), place(fixed)
     step_on, key = partial(advance, model=model, objective=objective, recipe=recipe, steps=steps), jax.random.key(seed)
 
     with ExitStack() as stack:
-        kept, first = None, 0
+        kept, first, asked = None, 0, []
         if checkpoints is not None:
             from fraudlab.training.checkpoints import Checkpoints
             kept = stack.enter_context(Checkpoints(checkpoints, describe(model, dataset, positions, labels, objective, recipe, seed, start)))
             first, state = kept.restore(state)
+            asked = stack.enter_context(asked_to_stop())
+        state = place(state)
         looks = dict(desc=f"train {to_dict(model)['name']}", unit="step", mininterval=1, file=sys.stderr, disable=not progress)
         bar = stack.enter_context(tqdm(total=steps, initial=first, **looks))
 
         for at in range(first + 1, steps + 1):                                     # counted from 1: "after step n" is state n
             rows, counts = batch_at(at - 1, len(planned), recipe.rows, seed)
-            state = step_on(state, fixed, *batch(dataset, planned, rows, counts, truth, known, model.fanout, model.latest), jax.random.fold_in(key, at))
+            given = batch(dataset, planned, rows[here], counts[here], truth, known, model.fanout, model.latest)
+            state = step_on(state, fixed, *spread_rows(recipe.mesh, given, recipe.rows), place(jax.random.fold_in(key, at)))
             bar.update()
 
-            reports, keeps = at % recipe.log_every == 0 or at == steps, at % recipe.checkpoint_every == 0 or at == steps
+            stop = bool(asked) and at < steps
+            reports, keeps = at % recipe.log_every == 0 or at == steps, at % recipe.checkpoint_every == 0 or at == steps or stop
             if not (reports or keeps): continue
             over = (at - 1) % recipe.log_every + 1                                 # steps since the last report
             sums = {key: float(total) for key, total in state["sums"].items()}
@@ -195,9 +222,10 @@ def train(
                 figures["learning_rate"] = float(schedule(recipe, steps)(at - 1))
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 if log: log(at, figures)
-                state["sums"] = zero_sums()
+                state["sums"] = place(zero_sums())
             if keeps and kept: kept.save(at, state)
-    return {key: np.asarray(value) for key, value in merge({**state["weights"], **fixed}).items()}
+            if stop: raise Preempted(f"Asked to stop after step {at} of {steps}: its state is kept in {checkpoints}, and the same call goes on from it.")
+    return {key: np.asarray(value) for key, value in merge(gathered({**state["weights"], **fixed})).items()}
 
 # %% ../../nbs/40_training/20_loop.ipynb #1153b976
 @jaxtyped(typechecker=beartype)

@@ -40,7 +40,7 @@ class Fraud(Objective):
 
     def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
         chances = [self.hide_entities if c.kind == "entity" else self.hide for c in model.columns]
-        hide = jax.random.bernoulli(key, jnp.array([*chances, 0.]), (*inputs.gap.shape, len(chances) + 1)) if any(chances) else None
+        hide = jax.random.bernoulli(key, jnp.array([[[*chances, 0.]]]), (*inputs.gap.shape, len(chances) + 1)) if any(chances) else None
         if self.hide_labels and getattr(inputs, "around", ()): inputs = without_labels(inputs, self.hide_labels, jax.random.fold_in(key, 1))
         logits = model.judge(weights, model.hidden(weights, inputs, hide))
         return mean_where(self.losses(logits, targets.labels), targets.known)
