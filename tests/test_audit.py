@@ -78,6 +78,8 @@ CHEAP = {
     "late_fusion": {"base_options": {"width": 8, "layers": 1, "heads": 2, "key_heads": 1, "pieces": 4}, "trees": 10, "smallest_leaf": 5},
     "recurrent": {"width": 8, "layers": 1, "pieces": 4},
     "seq2seq": {"width": 8, "layers": 1, "heads": 2, "pieces": 4},
+    **{name: {"width": 8, "fanout": [3, 2], "pieces": 4} for name in ("sage", "gat", "mpnn", "hetero", "temporal", "sequence_graph")},
+    "boosted_neighbours": {"trees": 10, "smallest_leaf": 5, "fanout": [3, 2]},
 }
 
 
