@@ -75,6 +75,7 @@ def run_apart(trial: Trial, devices: int, processes: int = 1) -> Found:
     return found[0]
 
 def _send(pipe, trial: Trial) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # each pair of devices would greet each other on standard output
     join()
     pipe.send(run(trial))
 
