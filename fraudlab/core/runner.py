@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'KEEP_MEMORY', 'Parameter', 'flow_path', 'flows', 'declared', 'checked', 'typed', 'parse_assignments',
-           'inputs_hash', 'FlowError', 'Interrupted', 'run_flow', 'tcmalloc', 'library_variables', 'device_variables']
+           'inputs_hash', 'FlowError', 'Interrupted', 'run_flow', 'environment', 'tcmalloc', 'library_variables',
+           'device_variables']
 
 # %% ../../nbs/00_core/40_runner.ipynb #5df9d58b
 import ast
@@ -229,8 +230,8 @@ def _versions() -> dict[str, str]:
 
 # %% ../../nbs/00_core/40_runner.ipynb #ab30a0a5
 @contextmanager
-def _environment(**variables):
-    "Environment of the kernel: `variables` set for the time of a run."
+def environment(**variables):
+    "`variables` set in this process's environment for a while: what is started meanwhile begins with them."
     old = {k: os.environ.get(k) for k in variables}
     os.environ.update(variables)
     try: yield
@@ -283,7 +284,7 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     output, tail, s, kernels, asked = folder / f"{flow}.ipynb", _Tail(show), settings(), [], []
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
-        with tempfile.TemporaryDirectory() as sockets, _environment(**variables), _passed_on(kernels) as asked:
+        with tempfile.TemporaryDirectory() as sockets, environment(**variables), _passed_on(kernels) as asked:
             papermill.execute_notebook(
                 notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log", kernels), cwd=str(s.root),
                 progress_bar=False, coalesce_streams=True, stdout_file=tail, stderr_file=tail, on_cell_executed=cell_done)

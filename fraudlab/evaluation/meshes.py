@@ -9,8 +9,6 @@ __all__ = ['Trial', 'Found', 'run', 'run_apart']
 import multiprocessing
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -18,6 +16,7 @@ import numpy as np
 
 from ..core.errors import from_options
 from ..core.registry import resolve
+from ..core.runner import environment
 from ..models.contract import example
 from ..training.loop import Recipe, fit
 from ..training.mesh import join, spread
@@ -63,7 +62,7 @@ def run_apart(trial: Trial, devices: int, processes: int = 1) -> Found:
     for process in range(processes):
         several = {"FRAUDLAB_COORDINATOR": f"127.0.0.1:{port}", "FRAUDLAB_PROCESSES": str(processes), "FRAUDLAB_PROCESS": str(process)} if processes > 1 else {}
         mine, its = context.Pipe()
-        with _environment({"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}", "JAX_PLATFORMS": "cpu", **several}):
+        with environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices // processes}", JAX_PLATFORMS="cpu", **several):
             worker = context.Process(target=_send, args=(its, trial))
             worker.start()
         its.close()
@@ -78,14 +77,3 @@ def _send(pipe, trial: Trial) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # each pair of devices would greet each other on standard output
     join()
     pipe.send(run(trial))
-
-@contextmanager
-def _environment(given: Mapping[str, str]):
-    "Variables that a process started here begins with."
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try: yield
-    finally:
-        for name, value in before.items():
-            if value is None: del os.environ[name]
-            else: os.environ[name] = value
