@@ -15,22 +15,21 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 from .errors import closest, refuse_unknown
-from .runs import (Run, file_hash, finished_runs, git_revision, package_hash, point_latest, read_run, run_id, text_hash,
+from .runs import (Run, asked_to_stop, file_hash, finished_runs, git_revision, package_hash, point_latest, read_run, run_id, text_hash,
                                 write_json, write_text)
 from .settings import relative, settings
 
@@ -254,20 +253,10 @@ def _kernel(sockets: str, log: Path, kernels: list) -> type:
     return Kernel
 
 # %% ../../nbs/00_core/40_runner.ipynb #118b9c96
-@contextmanager
-def _passed_on(kernels: list):
-    "Pass SIGTERM on to the kernels; gives a list that has the signal in it once it came. Only a process's first thread hears signals."
-    asked = []
-    def stop(number, _):
-        asked.append(number)
-        for kernel in kernels:
-            if kernel.provisioner and kernel.provisioner.pid: os.kill(kernel.provisioner.pid, number)
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try: yield asked
-    finally: signal.signal(signal.SIGTERM, before)
+def _tell(kernels: list, number: int):
+    "Send a signal to the kernels that run."
+    for kernel in kernels:
+        if kernel.provisioner and kernel.provisioner.pid: os.kill(kernel.provisioner.pid, number)
 
 # %% ../../nbs/00_core/40_runner.ipynb #118b9c97
 def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) -> dict[str, float]:
@@ -284,7 +273,7 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     output, tail, s, kernels, asked = folder / f"{flow}.ipynb", _Tail(show), settings(), [], []
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
-        with tempfile.TemporaryDirectory() as sockets, environment(**variables), _passed_on(kernels) as asked:
+        with tempfile.TemporaryDirectory() as sockets, environment(**variables), asked_to_stop(partial(_tell, kernels)) as asked:
             papermill.execute_notebook(
                 notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log", kernels), cwd=str(s.root),
                 progress_bar=False, coalesce_streams=True, stdout_file=tail, stderr_file=tail, on_cell_executed=cell_done)

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['file_hash', 'text_hash', 'package_hash', 'git_revision', 'write_text', 'write_json', 'run_folder', 'finish', 'Run',
-           'read_run', 'point_latest', 'finished_runs', 'run_id']
+           'read_run', 'point_latest', 'finished_runs', 'run_id', 'asked_to_stop']
 
 # %% ../../nbs/00_core/30_runs.ipynb #93d225d0
 import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -122,3 +125,18 @@ def finished_runs(flow: str) -> Iterable[Run]:
 def run_id(inputs: str) -> str:
     "Name of a new run folder: the time (UTC) and the first digits of the hash of its inputs."
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{inputs[:8]}"
+
+# %% ../../nbs/00_core/30_runs.ipynb #5a1e0002
+@contextmanager
+def asked_to_stop(pass_on: Callable[[int], None] = lambda number: None):
+    "A list that has the signal in it once SIGTERM has come, which is passed on too; only a process's first thread hears signals."
+    asked = []
+    def hear(number, _):
+        asked.append(number)
+        pass_on(number)
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, hear)
+    try: yield asked
+    finally: signal.signal(signal.SIGTERM, before)

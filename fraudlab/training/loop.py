@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['advance', 'SAMPLE', 'Recipe', 'batch_at', 'schedule', 'make_optimizer', 'step', 'zero_sums', 'first_state',
-           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'planned_for', 'batch', 'Preempted',
-           'asked_to_stop', 'train', 'fit']
+           'refuse_non_finite', 'describe', 'without_heads', 'begin', 'planned_for', 'batch', 'Preempted', 'train',
+           'fit']
 
 # %% ../../nbs/40_training/20_loop.ipynb #6dda437f
-import signal
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
 from ..core.errors import refuse_unknown
+from ..core.runs import asked_to_stop
 from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, inputs, plan
 from ..models.contract import Model, Network, Weights, check_inputs, check_labels, looked_at, to_dict, weights_hash
 from .adaptation import merge, split
@@ -167,17 +166,6 @@ def batch(
 # %% ../../nbs/40_training/20_loop.ipynb #eb81199b
 class Preempted(RuntimeError):
     "A training was asked to stop, and has kept its state."
-
-@contextmanager
-def asked_to_stop():
-    "A list with a signal in it once SIGTERM has come; only a process's first thread hears signals."
-    asked = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    try: yield asked
-    finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811998
 def train(
