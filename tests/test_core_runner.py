@@ -224,14 +224,17 @@ def test_a_value_of_another_type_than_the_pipelines_parameter_is_refused(lab, ad
     assert not (lab / "runs").exists()
 
 
-def test_two_runs_of_the_same_inputs_do_not_run_at_once(lab, add_flow):
+def test_of_two_runs_of_the_same_inputs_one_runs_and_the_other_waits_for_it(lab, add_flow):
     add_flow("slow", "x: int = 1", "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(3)", FINISH)
     process = subprocess.Popen([sys.executable, "-c", "from fraudlab.core.runner import run_flow; run_flow('slow')"])
     while not (lab / "started").exists() and process.poll() is None:
         time.sleep(0.05)
-    with pytest.raises(runner.FlowError, match="is being run with the same inputs just now"):
-        runner.run_flow("slow")
+    assert runner.finished("slow") is None
+    said = []
+    waited = runner.run_flow("slow", progress=lambda done, text: said.append(text))
     assert process.wait() == 0
+    assert said == ["waiting for a run of the same inputs"]
+    assert runner.finished("slow") == waited
     assert len(list((lab / "runs" / "slow").glob("[0-9]*"))) == 1
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'KEEP_MEMORY', 'Parameter', 'flow_path', 'flows', 'declared', 'checked', 'typed', 'parse_assignments',
-           'inputs_hash', 'FlowError', 'Interrupted', 'run_flow', 'environment', 'tcmalloc', 'library_variables',
-           'device_variables']
+           'inputs_hash', 'FlowError', 'Interrupted', 'run_flow', 'finished', 'environment', 'tcmalloc',
+           'library_variables', 'device_variables']
 
 # %% ../../nbs/00_core/40_runner.ipynb #5df9d58b
 import ast
@@ -139,14 +139,15 @@ def _failure(flow: str, notebook: Path, e: Exception, asked: bool) -> FlowError:
 
 # %% ../../nbs/00_core/40_runner.ipynb #bb306601
 @contextmanager
-def _alone(flow: str, inputs: str):
-    "Hold the only run of `flow` with these inputs; gives the folder of its runs."
+def _alone(flow: str, inputs: str, progress):
+    "Hold the only run of `flow` with these inputs; gives the folder of its runs. Waits while another process holds it."
     parent = settings().runs / flow
     parent.mkdir(parents=True, exist_ok=True)
     with open(parent / f".{inputs[:16]}.lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FlowError(f"Flow '{flow}' is being run with the same inputs just now. Wait for it, or change a parameter.") from None
+            progress(0, "waiting for a run of the same inputs")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield parent
 
 def _finished(flow: str, inputs: str) -> Run | None:
@@ -179,13 +180,13 @@ def run_flow(
     progress: Callable[[float, str], None] = lambda done, text: None,  # told the share of cells done (0 to 1) and the last line printed
     note: dict | None = None,                  # kept in the record: why it was run, what was expected
 ) -> Run:
-    """Run `flow` with papermill, or return the finished run of the same inputs.
+    """Run `flow` with papermill, or return the finished run of the same inputs, which another process may be running just now.
 
     Raises `ValueError` for parameters that do not fit, before a kernel starts, and `FlowError` where the flow fails."""
     notebook = flow_path(flow)
     cells = json.loads(notebook.read_text())["cells"]
     values, record = _plan(flow, cells, parameters or {})
-    with _alone(flow, record["inputs"]) as parent:
+    with _alone(flow, record["inputs"], progress) as parent:
         run = None if fresh else _finished(flow, record["inputs"])
         if run is None:
             folder = _folder(parent, record["inputs"], fresh)
@@ -196,6 +197,11 @@ def run_flow(
             run = _recorded(folder, record | (note or {}), timings)
         point_latest(run.folder)
         return run
+
+def finished(flow: str, parameters: dict | None = None) -> Run | None:
+    "The run that `run_flow` would return without running anything, if there is one."
+    _, record = _plan(flow, json.loads(flow_path(flow).read_text())["cells"], parameters or {})
+    return _finished(flow, record["inputs"])
 
 # %% ../../nbs/00_core/40_runner.ipynb #de3bbede
 def _plan(flow: str, cells: list[dict], parameters: dict) -> tuple[dict, dict]:

@@ -8,7 +8,6 @@ __all__ = ['NUMBERS', 'WEEK', 'HARMONICS', 'MOST', 'of_kinds', 'places', 'both',
 
 # %% ../../nbs/30_models/05_embeddings.ipynb #092cfcfd
 from math import pi, prod
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from ..core.errors import refuse_unknown
-from ..features.encoding import IDS, Column
+from ..features.encoding import IDS, READ, Column
 
 # %% ../../nbs/30_models/05_embeddings.ipynb #507da02b
 NUMBERS = ("numeric", "amount", "age", "elapsed")
@@ -97,18 +96,19 @@ class Fixed(nnx.Variable):
 class FieldEmbedding(nnx.Module):
     "One token a payment, the sum of what its `C` columns add: `[..., F]` to `[..., D]`. Its fixed numbers are those of `fit_fields`."
 
-    def __init__(self, columns: tuple[Column, ...], pieces: int, width: int, numbers: Literal["pieces", "periodic", "both"] = "pieces",
+    def __init__(self, columns: tuple[Column, ...], pieces: int, width: int, numbers: str = "pieces",
                  *, rngs: nnx.Rngs):
-        refuse_unknown([numbers], ("pieces", "periodic", "both"), "way to read numbers")
+        refuse_unknown([numbers], READ, "way to read numbers")
         n, weeks, around = len(of_kinds(columns, *NUMBERS)), len(of_kinds(columns, "calendar")), 2 * HARMONICS.size
-        read = 2 + pieces * (numbers != "periodic") + 2 * pieces * (numbers != "pieces")        # S, of each number
+        pieced, waved = READ[numbers]
+        read = 2 + pieces * pieced + 2 * pieces * waved               # S, of each number
         scale = np.where(np.arange(read) < 2, 2 ** -.5, pieces ** -.5).astype(np.float32)[None, :, None]
         sizes = np.cumsum([n * read, weeks * around, *(c.cardinality for c in columns if c.kind in IDS)])
         drawn = jax.random.normal(rngs.params(), (sizes[-1] + len(columns), width)) / len(columns) ** .5
         of_numbers, of_weeks, *of_tables, hidden = jnp.split(drawn, sizes)
         self.columns, self.way = tuple(columns), numbers
         self.edges, self.mean, self.deviation = Fixed(jnp.zeros((n, pieces + 1))), Fixed(jnp.zeros((n, 2))), Fixed(jnp.ones((n, 2)))
-        if numbers != "pieces": self.frequencies = nnx.Param(jax.random.normal(rngs.params(), (n, pieces)))
+        if waved: self.frequencies = nnx.Param(jax.random.normal(rngs.params(), (n, pieces)))
         self.numbers = nnx.Param(of_numbers.reshape(n, read, width) * scale, directions=(None, None, "width"))
         if weeks: self.weeks = nnx.Param(of_weeks.reshape(weeks, around, width) / HARMONICS.size ** .5)
         of_tables = [nnx.Param(rows / 10, directions=(None, "width")) for rows in of_tables]        # small: an id that training never meets says little
@@ -132,8 +132,8 @@ class FieldEmbedding(nnx.Module):
         numbers = rows[..., places(self.columns, *NUMBERS)]
         mean, deviation = (_alike(fitted[...], rows.ndim + 1) for fitted in (self.mean, self.deviation))
         parts = [whole := jnp.clip((both(numbers) - mean) / deviation, -5, 5)]
-        if self.way != "periodic": parts.append(in_pieces(numbers, self.edges[...]))
-        if self.way != "pieces": parts.append(waves(whole[..., 0], self.frequencies[...]))
+        if READ[self.way][0]: parts.append(in_pieces(numbers, self.edges[...]))
+        if READ[self.way][1]: parts.append(waves(whole[..., 0], self.frequencies[...]))
         return jnp.concatenate(parts, -1)
 
 # %% ../../nbs/30_models/05_embeddings.ipynb #46d0faed

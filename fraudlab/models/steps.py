@@ -23,7 +23,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from ..core.errors import refuse_unknown
-from ..features.encoding import IDS, Column
+from ..features.encoding import IDS, READ, Column
 from ..features.sequences import CLOCK
 
 # %% ../../nbs/30_models/30_steps.ipynb #8e2a6b63
@@ -131,7 +131,7 @@ def intervals(edges: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
 def pack_number(n: int, many: int, o: dict, weights: dict) -> tuple[list[np.ndarray], int]:
     "Weights of the n-th of `many` numbers in the order of `embed_number`, and its P; -1 where it is not given in pieces."
     K, D, passed = o["pieces"], o["width"], None
-    pieces, waves = K * (o["numbers"] != "periodic"), K * (o["numbers"] != "pieces")
+    pieces, waves = (K * given for given in READ[o["numbers"]])
     get = lambda key, *shape: taken(weights, key, many, *shape)[n]
     edges, rows = get("fixed.embed.edges", K + 1), get("embed.numbers", 2 + pieces + 2 * waves, D)
     parts = [get("fixed.embed.mean", 2), get("fixed.embed.deviation", 2), rows[:2]]
@@ -520,7 +520,7 @@ class Stepper:
             raise TypeError("Steps take states of uint8 that can be written, rows of float32 and times of int64, all contiguous.") from e
 
 # %% ../../nbs/30_models/30_steps.ipynb #a141ec58
-OPTIONS = {"decoder": ("heads", "key_heads", "window"), "recurrent": (), "gru": ()}      # beside those of all
+OPTIONS = {"decoder": ("heads", "key_heads", "window", "gaps"), "recurrent": (), "gru": ()}      # beside those of all
 PACK = {"decoder": pack_decoder, "recurrent": pack_recurrent, "gru": pack_gru}
 
 def check_options(name: str, o: dict) -> None:
@@ -530,7 +530,8 @@ def check_options(name: str, o: dict) -> None:
     refuse_unknown(o, needed, f"option of the steps of '{name}'")
     if missing := [key for key in needed if key not in o]:
         raise ValueError(f"The steps of '{name}' need its option '{missing[0]}': give all that contract.to_dict(model)['options'] says.")
-    refuse_unknown([o["numbers"]], ("pieces", "periodic", "both"), "way to read numbers")
+    refuse_unknown([o["numbers"]], READ, "way to read numbers")
+    if not o.get("gaps", True): raise ValueError("gaps = False: steps read the time between payments. Serve a decoder that does, gaps = True.")
 
 def in_one(parts: list[np.ndarray]) -> np.ndarray:
     "All numbers one after the other, as float32 from a multiple of 64 bytes on."
@@ -556,7 +557,7 @@ def make_stepper(
     last = taken(weights, "norm.scale", D), taken(weights, "judge.bias"), taken(weights, "judge.kernel", D)
     slots = room + TIES if room else 0
     memory = 8 * (slots + 1) + 2 * o["layers"] * o["key_heads"] * slots * (2 * d + 4) if name == "decoder" else 8 * o["layers"] * D
-    waves = o["pieces"] * (o["numbers"] != "pieces")
+    waves = o["pieces"] * READ[o["numbers"]][1]
     sizes = (MODELS.index(name), D, o["layers"], waves, start, o["heads"], o["key_heads"], room)
     stepper = Stepper(HEAD + memory, D, sizes, table, in_one([*fields, filler, periods, *PACK[name](o, weights), *last]))
     return compiled(stepper)
