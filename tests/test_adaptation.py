@@ -7,7 +7,8 @@ import pytest
 from fraudlab.core.registry import resolve
 from fraudlab.models.contract import example
 from fraudlab.training.adaptation import merge, split
-from fraudlab.training.loop import Recipe, fit
+from fraudlab.training.loop import fit
+from fraudlab.training.recipe import Recipe
 
 DATA, FRAUD = example(400)
 MODEL = resolve("model", "decoder")(DATA.columns, width=8, layers=1, heads=1, key_heads=1, window=4, pieces=4)

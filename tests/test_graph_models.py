@@ -15,8 +15,9 @@ from fraudlab.features.graphs import Layout, graph
 from fraudlab.features.sequences import Dataset, inputs, plan
 from fraudlab.models.contract import check_inputs, example, score_all
 from fraudlab.serving import bundle
-from fraudlab.training.loop import Recipe, fit
+from fraudlab.training.loop import fit
 from fraudlab.training.objectives.fraud import Fraud, without_labels
+from fraudlab.training.recipe import Recipe
 
 DATA, FRAUD = example(600)
 RECIPE = Recipe(epochs=2, tokens=128, learning_rate=0.01)

@@ -10,11 +10,12 @@ from fraudlab.evaluation.meshes import Trial, run, run_apart
 from fraudlab.features.sequences import alone
 from fraudlab.models.contract import example
 from fraudlab.models.zoo.decoder import Decoder
-from fraudlab.training.loop import Recipe, fit
+from fraudlab.training.loop import fit
 from fraudlab.training.mesh import Axes, rows_here, spec
 from fraudlab.training.objectives.fraud import Fraud
+from fraudlab.training.recipe import Recipe
 
-RECIPE = {"epochs": 2, "tokens": 512, "room": 32}
+RECIPE = {"epochs": 2, "tokens": 512, "room": 32, "optimizer": "muon", "accumulate": 2, "recompute": "blocks"}
 
 
 def trial(**axes) -> Trial:

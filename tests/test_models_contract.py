@@ -31,7 +31,8 @@ from fraudlab.models.contract import (
     to_dict,
     weights_hash,
 )
-from fraudlab.training.loop import Recipe, fit
+from fraudlab.training.loop import fit
+from fraudlab.training.recipe import Recipe
 
 DATA, FRAUD = example(800)
 TRAIN, TEST = np.split(np.arange(len(DATA)), [500])

@@ -13,11 +13,12 @@ from fraudlab.features.encoding import Column
 from fraudlab.features.sequences import Dataset, inputs, plan
 from fraudlab.models.contract import example
 from fraudlab.training import heads
-from fraudlab.training.loop import Recipe, batch, train
+from fraudlab.training.loop import batch, train
 from fraudlab.training.objectives.contrastive import Contrastive, halves
 from fraudlab.training.objectives.masked import Masked
 from fraudlab.training.objectives.mixture import Mixture
 from fraudlab.training.objectives.next_payment import NextPayment, next_place
+from fraudlab.training.recipe import Recipe
 
 DATA, FRAUD = example(800)
 UNKNOWN = pl.Series([None] * len(DATA), dtype=pl.Boolean)

@@ -12,8 +12,8 @@ from fraudlab.evaluation import peers
 from fraudlab.features.encoding import Column
 from fraudlab.features.sequences import Dataset, Inputs, inputs, plan
 from fraudlab.models.zoo.decoder import Decoder
-from fraudlab.training.loop import Recipe
 from fraudlab.training.objective import Targets
+from fraudlab.training.recipe import Recipe
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed (extra bench)")
 

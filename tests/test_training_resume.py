@@ -11,7 +11,8 @@ from fraudlab.core.registry import resolve
 from fraudlab.evaluation.faults import Training, attempt
 from fraudlab.models.contract import example, weights_hash
 from fraudlab.training.checkpoints import Checkpoints
-from fraudlab.training.loop import Recipe, batch_at, fit
+from fraudlab.training.loop import batch_at, fit
+from fraudlab.training.recipe import Recipe
 
 # prints each step that was trained, then the hash of the final weights
 SCRIPT = """
@@ -19,7 +20,8 @@ import sys
 import numpy as np
 from fraudlab.core.registry import resolve
 from fraudlab.models.contract import example, weights_hash
-from fraudlab.training.loop import Recipe, fit
+from fraudlab.training.loop import fit
+from fraudlab.training.recipe import Recipe
 
 data, fraud = example(800)
 model = resolve("model", "decoder")(data.columns, width=8, layers=1, heads=1, key_heads=1, window=4, pieces=4)

@@ -23,7 +23,8 @@ from ..features.definitions import FeatureSet, check_table
 from ..features.graphs import Layout
 from ..features.rings import rings
 from ..models.contract import score_all
-from ..training.loop import Recipe, fit
+from ..training.loop import fit
+from ..training.recipe import Recipe
 
 # %% ../../nbs/50_evaluation/40_audit.ipynb #a0e10005
 def model_subject(

@@ -24,7 +24,8 @@ import numpy as np
 from fraudlab.core.errors import from_options
 from fraudlab.core.registry import resolve
 from fraudlab.models.contract import example, weights_hash
-from fraudlab.training.loop import Preempted, Recipe, fit
+from fraudlab.training.loop import Preempted, fit
+from fraudlab.training.recipe import Recipe
 
 folder, payments, seed, options, recipe = json.loads(sys.argv[1])
 data, fraud = example(payments)

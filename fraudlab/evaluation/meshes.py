@@ -18,7 +18,8 @@ from ..core.errors import from_options
 from ..core.registry import resolve
 from ..core.runner import environment
 from ..models.contract import example
-from ..training.loop import Recipe, fit
+from ..training.loop import fit
+from ..training.recipe import Recipe
 from ..training.mesh import join, spread
 from ..training.objectives.fraud import Fraud
 

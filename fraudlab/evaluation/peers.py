@@ -26,7 +26,8 @@ from ..models.embeddings import HARMONICS, NUMBERS, WEEK, of_kinds, places
 from ..models.layers import ELAPSED
 from ..models.zoo.decoder import Decoder
 from ..training.adaptation import split
-from ..training.loop import Recipe, advance, first_state, schedule
+from ..training.loop import advance
+from ..training.recipe import Recipe, first_state, schedule
 from ..training.objective import Targets
 from ..training.objectives.fraud import Fraud
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float32, Int32
 
 from ..core.errors import refuse_unknown
@@ -155,7 +156,7 @@ class Block(nnx.Module):
 
     def __call__(self, tokens: Float32[Array, "B T D"], turned: Float32[Array, "B T P"], visible: Bool[Array, "B 1 T T"]) -> Float32[Array, "B T D"]:
         tokens = tokens + self.attention(self.before_attention(tokens), turned, visible)
-        return tokens + self.gated(self.before_gated(tokens))
+        return checkpoint_name(tokens + self.gated(self.before_gated(tokens)), "block")      # what a backward pass may begin from (Recipe.recompute)
 
 # %% ../../nbs/30_models/10_layers.ipynb #efaa6943
 def _keyed(module: nnx.Module) -> dict[str, nnx.Variable]:

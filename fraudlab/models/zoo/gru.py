@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float32
 
 from ...core.registry import register
@@ -55,7 +56,7 @@ class Units(nnx.Module):
 
     def __call__(self, inputs: Inputs, hide: Bool[Array, "B T C"] | None = None) -> Float32[Array, "B T D"]:
         tokens = self.embed(fields(inputs), hide)
-        for unit in self.units: tokens = tokens + unit(tokens, inputs)
+        for unit in self.units: tokens = checkpoint_name(tokens + unit(tokens, inputs), "block")
         return self.norm(tokens)
 
 # %% ../../../nbs/30_models/zoo/gru.ipynb #64000008

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float32
 
 from ...core.registry import register
@@ -66,7 +67,7 @@ class Stack(nnx.Module):
         tokens = self.embed(fields(inputs), hide)
         for norm, memory, norm_gated, gated in zip(self.before_memory, self.memory, self.before_gated, self.gated, strict=True):
             tokens = tokens + memory(norm(tokens), inputs)
-            tokens = tokens + gated(norm_gated(tokens))
+            tokens = checkpoint_name(tokens + gated(norm_gated(tokens)), "block")
         return self.norm(tokens)
 
 # %% ../../../nbs/30_models/zoo/recurrent.ipynb #4ec0000b

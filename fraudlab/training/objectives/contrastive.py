@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from ...core.registry import register
 from ...features.sequences import Inputs
 from ...models.contract import Network, Weights
-from ..objective import Objective, Targets, mean_where
+from ..objective import Loss, Objective, Targets, mean_where
 
 # %% ../../../nbs/40_training/objectives/contrastive.ipynb #0bd00005
 def halves(
@@ -51,14 +51,14 @@ class Contrastive(Objective):
         if self.least < 1 or self.temperature <= 0:
             raise ValueError(f"least = {self.least}, temperature = {self.temperature}: give 1 or more, and a temperature above 0.")
 
-    def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         counts = jnp.broadcast_to(targets.scored.any(1, keepdims=True), inputs.gap.shape)
         embedded, there = self.embed(model, weights, *halves(inputs, counts, self.least, key))
         alike = embedded @ embedded.T / self.temperature
         others = there[None] & ~jnp.eye(len(there), dtype=bool)
         mine = jnp.take_along_axis(alike, (jnp.arange(len(there)) ^ 1)[:, None], axis=1)[:, 0]
         losses = jax.nn.logsumexp(jnp.where(others, alike, -1e9), axis=1) - mine
-        return mean_where(losses, there) / jnp.log(jnp.maximum(there.sum() - 1, 2).astype(jnp.float32))
+        return mean_where(losses / jnp.log(jnp.maximum(there.sum() - 1, 2).astype(jnp.float32)), there)
 
     def embed(
         self, model: Network, weights: Weights, inputs: Inputs, half: Int32[Array, "B T"],

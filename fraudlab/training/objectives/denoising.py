@@ -19,7 +19,7 @@ from ...models.contract import Weights, name_of
 from ...models.layers import both_ways
 from ...models.zoo.seq2seq import Seq2seq
 from ..heads import losses_of, sizes, truth
-from ..objective import Objective, Targets, mean_where
+from ..objective import Loss, Objective, Targets, mean_where
 from .next_payment import next_place
 
 # %% ../../../nbs/40_training/objectives/denoising.ipynb #de901505
@@ -55,7 +55,7 @@ class Denoising(Objective):
             raise ValueError(f"'denoising' trains models that tell payments, such as 'seq2seq'; '{name_of(model)}' has no method tell.")
         return {}
 
-    def __call__(self, model: Seq2seq, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: Seq2seq, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         shown = cut(inputs, key)
         hide = jax.random.bernoulli(jax.random.fold_in(key, 1), self.hide, (*shown.shape, len(sizes(model))))
         told = telling(inputs, shown, round(self.days * 86_400))

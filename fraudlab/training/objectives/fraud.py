@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32
 from ...core.registry import register
 from ...features.sequences import GraphInputs, Inputs
 from ...models.contract import Network, Weights
-from ..objective import Objective, Targets, mean_where
+from ..objective import Loss, Objective, Targets, mean_where
 
 # %% ../../../nbs/40_training/objectives/fraud.ipynb #016406c3
 def without_labels(inputs: GraphInputs, share: float, key: Array) -> GraphInputs:
@@ -38,7 +38,7 @@ class Fraud(Objective):
     hide_labels: float = 0.0       # and the known label of a neighbour
     supervised: ClassVar[bool] = True
 
-    def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         chances = [self.hide_entities if c.kind == "entity" else self.hide for c in model.columns]
         hide = jax.random.bernoulli(key, jnp.array([[[*chances, 0.]]]), (*inputs.gap.shape, len(chances) + 1)) if any(chances) else None
         if self.hide_labels and getattr(inputs, "around", ()): inputs = without_labels(inputs, self.hide_labels, jax.random.fold_in(key, 1))

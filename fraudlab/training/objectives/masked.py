@@ -18,7 +18,7 @@ from ...features.sequences import Inputs
 from ...models.contract import Weights
 from ...models.layers import ModuleNetwork
 from ..heads import column_losses, new_head, sizes, told, truth
-from ..objective import Objective, Targets, mean_where
+from ..objective import Loss, Objective, Targets, mean_where
 
 # %% ../../../nbs/40_training/objectives/masked.ipynb #0bcf0005
 @register("objective")
@@ -37,7 +37,7 @@ class Masked(Objective):
 
     def init(self, model: ModuleNetwork, seed: int) -> Weights: return new_head(model, "masked")
 
-    def __call__(self, model: ModuleNetwork, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: ModuleNetwork, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         hide = self.hidden(model, inputs, key)
         return mean_where(self.losses(model, weights, inputs, hide), hide[..., told(model)] & learned(model, inputs, targets)[..., None])
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import jax
-from jaxtyping import Array, Float32
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from ...core.errors import from_options, refuse_unknown
 from ...core.registry import register, resolve
 from ...features.sequences import Inputs
 from ...models.contract import Network, Weights
-from ..objective import Objective, Targets
+from ..objective import Loss, Objective, Targets
 
 # %% ../../../nbs/40_training/objectives/mixture.ipynb #0bd10005
 @register("objective")
@@ -49,6 +50,8 @@ class Mixture(Objective):
     def init(self, model: Network, seed: int) -> Weights:
         return {key: value for part in self.objectives.values() for key, value in part.init(model, seed).items()}
 
-    def __call__(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: Network, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         keys = dict(zip(self.parts, jax.random.split(key, len(self.parts)), strict=True))
-        return sum(self.parts[name] * part(model, weights, inputs, targets, keys[name]) for name, part in self.objectives.items())
+        losses = [part.loss(model, weights, inputs, targets, keys[name]) for name, part in self.objectives.items()]
+        totals = [share * loss.total for share, loss in zip(self.parts.values(), losses, strict=True)]
+        return Loss(jnp.concatenate(totals), jnp.concatenate([loss.count for loss in losses]))

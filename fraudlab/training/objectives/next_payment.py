@@ -18,7 +18,7 @@ from ...features.sequences import Inputs
 from ...models.contract import Weights, name_of
 from ...models.layers import ModuleNetwork
 from ..heads import column_losses, new_head, truth
-from ..objective import Objective, Targets, mean_where
+from ..objective import Loss, Objective, Targets, mean_where
 
 # %% ../../../nbs/40_training/objectives/next_payment.ipynb #0bce0005
 def next_place(inputs: Inputs) -> tuple[Int32[Array, "B T"], Bool[Array, "B T"]]:
@@ -45,7 +45,7 @@ class NextPayment(Objective):
                              "pre-train it with 'masked', or a causal model, such as decoder, with 'next_payment'.")
         return new_head(model, "next_payment")
 
-    def __call__(self, model: ModuleNetwork, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Float32[Array, ""]:
+    def loss(self, model: ModuleNetwork, weights: Weights, inputs: Inputs, targets: Targets, key: Array) -> Loss:
         place, exists = next_place(inputs)
         losses = self.losses(model, weights, inputs).mean(-1)
         return mean_where(losses, exists & jnp.take_along_axis(jnp.asarray(targets.scored), place, axis=1))
