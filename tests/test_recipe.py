@@ -24,7 +24,7 @@ def one_batch(recipe: Recipe, objective):
     weights, fixed = begin(MODEL, DATA, planned, objective, recipe, 0, None)
     rows, counts = batch_at(0, len(planned), recipe.rows, 0)
     known = np.random.default_rng(0).random(PAYMENTS) < np.linspace(0, 1, PAYMENTS)
-    return weights, fixed, batch(DATA, planned, rows, counts, FRAUD.astype(np.float32), known)
+    return weights, fixed, batch(DATA, planned, rows, counts, FRAUD[DATA.order].astype(np.float32), known)
 
 
 def gradient_of(recipe: Recipe, objective, weights, fixed, given):

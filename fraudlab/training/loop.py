@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numba
 import numpy as np
 import optax
 import polars as pl
@@ -24,7 +25,7 @@ from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
 from ..core.runs import asked_to_stop
-from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, inputs, plan
+from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, ask_for, inputs, plan
 from ..models.contract import Model, Network, Weights, check_inputs, check_labels, looked_at, to_dict, weights_hash
 from .adaptation import merge, split
 from .mesh import gathered, kept_there, rows_here, spread, spread_rows
@@ -39,10 +40,11 @@ def batch_at(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:    # rows 0 … count-1, and which of them count
     "The rows of a step: each once an epoch, in an order of its own for each epoch."
-    steps = -(-count // batch)
-    epoch, at = divmod(step, steps)
-    rows = _order(count, seed, epoch)[at * batch:(at + 1) * batch]
-    return np.pad(rows, (0, batch - len(rows))), np.arange(batch) < len(rows)
+    epoch, at = divmod(step, -(-count // batch))
+    rows, counts = _order(count, seed, epoch)[at * batch:(at + 1) * batch], np.ones(batch, bool)
+    if len(rows) == batch: return rows, counts
+    counts[len(rows):] = False
+    return np.pad(rows, (0, batch - len(rows))), counts
 
 @lru_cache(maxsize=1)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray: return np.random.default_rng((seed, epoch)).permutation(count)
@@ -128,12 +130,25 @@ def planned_for(model: Network, dataset: Dataset, positions: np.ndarray, objecti
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811997
 def batch(
-    dataset: Dataset, planned: Plan, rows: np.ndarray, counts: np.ndarray, labels: np.ndarray, known: np.ndarray,
+    dataset: Dataset, planned: Plan, rows: np.ndarray, counts: np.ndarray,
+    labels: np.ndarray, known: np.ndarray,                      # by place: in the order of `dataset.order`
     fanout: tuple[int, ...] = (), latest: bool = True,
 ) -> tuple[Inputs | GraphInputs, Targets]:
     "What a model sees in `rows` of a plan, and what it should make of them; a row that does not count is not learned from."
-    scored, at = planned.scored[rows] & counts[:, None], dataset.order[planned.at[rows]]
-    return inputs(dataset, planned, rows, fanout, latest), Targets(labels[at], known[at] & scored, scored)
+    given, shape = inputs(dataset, planned, rows, fanout, latest), (len(rows), planned.at.shape[1])
+    targets = Targets(np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool))
+    _fill_targets(planned.at, planned.scored, rows, counts, labels, known, *targets)
+    return given, targets
+
+@numba.njit(cache=True, nogil=True)
+def _fill_targets(at, to_score, chosen, counts, labels, known, label, is_known, scored):
+    "Targets of rows `chosen` of `at` [R, T], token by token."
+    for b in range(len(chosen)):
+        if b + 1 < len(chosen): ask_for(to_score, chosen[b + 1])
+        for t in range(at.shape[1]):
+            place = at[chosen[b], t]
+            scored[b, t] = counts[b] and to_score[chosen[b], t]
+            label[b, t], is_known[b, t] = labels[place] if place >= 0 else 0, scored[b, t] and known[place]
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb81199b
 class Preempted(RuntimeError):
@@ -147,7 +162,7 @@ def train(
     "Weights of a network after all steps, and those of its objective's layers; arguments as for `fit`."
     planned = planned_for(model, dataset, positions, objective, recipe)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
-    known, truth = labels.is_not_null().to_numpy(), labels.fill_null(False).to_numpy().astype(np.float32)
+    known, truth = labels.is_not_null().to_numpy()[dataset.order], labels.fill_null(False).to_numpy().astype(np.float32)[dataset.order]
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)
 
     place, here = partial(spread, model, recipe.mesh), rows_here(recipe.mesh, recipe.rows)
