@@ -7,7 +7,7 @@ __all__ = ['ELAPSED', 'causal', 'both_ways', 'turns', 'circle', 'rotate', 'Linea
            'Attention', 'Gated', 'Block', 'to_weights', 'with_weights', 'fields', 'ModuleNetwork', 'Transformer']
 
 # %% ../../nbs/30_models/10_layers.ipynb #859e2fb8
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from math import factorial
 
 import jax
@@ -195,7 +195,7 @@ class ModuleNetwork(Network):
 
     def init(self, inputs: Inputs, seed: int = 0) -> Weights:
         "Random weights, and scales and edges fitted on `inputs`."
-        weights = jax.jit(lambda: to_weights(self.build(nnx.Rngs(seed))))()
+        weights = _drawn(self, jax.random.key(seed))
         numbers = np.asarray(fields(inputs))[np.asarray(inputs.sequence) > 0]
         fixed = fit_fields((*self.columns, ELAPSED), numbers, self.pieces)
         return weights | {f"fixed.embed.{key}": value for key, value in fixed.items()} | first_judge(self.width, seed)
@@ -214,6 +214,9 @@ class ModuleNetwork(Network):
         return with_weights(_blank(self), {k: v for k, v in weights.items() if not k.startswith(("judge.", "head."))})
 
 # %% ../../nbs/30_models/10_layers.ipynb #1a7e0006
+@partial(jax.jit, static_argnames="model")
+def _drawn(model: ModuleNetwork, key: Array) -> Weights: return to_weights(model.build(nnx.Rngs(key)))
+
 @lru_cache
 def _blank(model: ModuleNetwork) -> nnx.Module:
     "The module's shapes, without its numbers."
