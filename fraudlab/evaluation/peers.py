@@ -27,6 +27,7 @@ from ..models.layers import ELAPSED
 from ..models.zoo.decoder import Decoder
 from ..training.adaptation import split
 from ..training.loop import advance
+from ..training.profile import most_in_use
 from ..training.recipe import Recipe, first_state, schedule
 from ..training.objective import Targets
 from ..training.objectives.fraud import Fraud
@@ -239,14 +240,24 @@ ENGINES = {"fraudlab": our_step, "fraudlab_bfloat16": partial(our_step, precisio
            "torch_amp": partial(torch_step, mixed=True), "torch_compile_amp": partial(torch_step, mixed=True, compiled=True)}
 
 def work(pipe, engine: str, task: Task):
-    "Train with `engine` as many steps as `pipe` asks for, and send back the loss and the seconds of each; 0 steps end it."
+    "Train with `engine` as many steps as `pipe` asks for, and send back the loss and the seconds of each; -1: the most bytes in use; 0 ends it."
     step, batches = ENGINES[engine](task), cycle(task.batches)
     while count := pipe.recv():
+        if count < 0:
+            pipe.send(_most_in_use(engine))
+            continue
         done = []
         for batch in islice(batches, count):
             started = perf_counter()
             done.append((step(*batch), perf_counter() - started))
         pipe.send(done)
+
+def _most_in_use(engine: str) -> int:
+    "Bytes: on an accelerator, of its memory; else of this process."
+    if engine.startswith("torch"):
+        import torch
+        if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    return most_in_use()
 
 def _cores() -> int:
     "Cores that this process may use; JAX takes as many threads."

@@ -83,8 +83,7 @@ class Dataset:
         graph: Graph | None = None,    # of these payments, for models that look at neighbours
     ):
         self.graph = graph
-        self.rows, self.columns = np.ascontiguousarray(rows, np.float32).view(), tuple(columns)
-        self.rows.flags.writeable = False                                     # there is a second copy, by place
+        self.rows, self.columns = rows, tuple(columns)
         self.times = times.cast(pl.Datetime("us", "UTC")).to_physical().to_numpy()
         code = payers.rank("dense").cast(pl.Int64).fill_null(-1).to_numpy()
         code = np.where(code < 0, -1 - np.arange(len(code)), code)            # nobody's payments are a sequence each
@@ -96,6 +95,15 @@ class Dataset:
         self.gap = np.where(self.end > self.start, time - time[self.end - 1], 0).astype(np.float64) / 1e6
 
     def __len__(self) -> int: return len(self.rows)
+
+    @property
+    def rows(self) -> np.ndarray: return self._rows
+
+    @rows.setter
+    def rows(self, rows: np.ndarray):
+        self._rows = np.ascontiguousarray(rows, np.float32).view()
+        self._rows.flags.writeable = False                                    # for there is a second copy, by place
+        self.__dict__.pop("by_place", None)
 
     @cached_property
     def by_place(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -526,7 +526,7 @@ class WholeNetwork:
 
     def init(self, seed: int = 0) -> Weights:
         "Random weights."
-        return jax.jit(lambda: to_weights(WholeModule(self, rngs=nnx.Rngs(seed))))()
+        return _drawn(self, jax.random.key(seed))
 
     def score(self, weights: Weights, x: Float32[Array, "N F"], edges: Edges, key: Array | None = None) -> Float32[Array, "N"]:
         "Log-odds of each node; with a `key`, numbers are dropped."
@@ -534,3 +534,6 @@ class WholeNetwork:
 
 @lru_cache
 def _blank(model: WholeNetwork) -> WholeModule: return nnx.eval_shape(lambda: WholeModule(model, rngs=nnx.Rngs(0)))
+
+@partial(jax.jit, static_argnames="model")
+def _drawn(model: WholeNetwork, key: Array) -> Weights: return to_weights(WholeModule(model, rngs=nnx.Rngs(key)))

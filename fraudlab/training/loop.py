@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import polars as pl
 from beartype import beartype
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
@@ -182,16 +183,18 @@ def train(
         bar = stack.enter_context(tqdm(total=steps, initial=first, **looks))
 
         for at in range(first + 1, steps + 1):                                     # counted from 1: "after step n" is state n
-            rows, counts = batch_at(at - 1, len(planned), recipe.rows, seed)
-            given = batch(dataset, planned, rows[here], counts[here], truth, known, model.fanout, model.latest)
-            state = step_on(state, fixed, *spread_rows(recipe.mesh, given, recipe.rows), place(jax.random.fold_in(key, at)))
+            with TraceAnnotation("input"):                                         # marks for training.profile
+                rows, counts = batch_at(at - 1, len(planned), recipe.rows, seed)
+                given = batch(dataset, planned, rows[here], counts[here], truth, known, model.fanout, model.latest)
+                given = *spread_rows(recipe.mesh, given, recipe.rows), place(jax.random.fold_in(key, at))
+            with StepTraceAnnotation("step", step_num=at): state = step_on(state, fixed, *given)
             bar.update()
 
             stop = bool(asked) and at < steps
             reports, keeps = at % recipe.log_every == 0 or at == steps, at % recipe.checkpoint_every == 0 or at == steps or stop
             if not (reports or keeps): continue
             over = (at - 1) % recipe.log_every + 1                                 # steps since the last report
-            sums = {key: float(total) for key, total in state["sums"].items()}
+            with TraceAnnotation("wait"): sums = {key: float(total) for key, total in state["sums"].items()}
             refuse_non_finite(sums, at - over + 1, at)
             if reports:
                 figures = {key: total / over for key, total in sums.items()}
@@ -199,7 +202,8 @@ def train(
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 if log: log(at, figures)
                 state["sums"] = place(zero_sums())
-            if keeps and kept: kept.save(at, state)
+            if keeps and kept:
+                with TraceAnnotation("checkpoint"): kept.save(at, state)
             if stop: raise Preempted(f"Asked to stop after step {at} of {steps}: its state is kept in {checkpoints}, and the same call goes on from it.")
     return {key: np.asarray(value) for key, value in merge({**learned(gathered(state), recipe), **gathered(fixed)}).items()}
 
