@@ -31,6 +31,8 @@ class Trial(NamedTuple):
     recipe: dict            # with the mesh
     payments: int = 3000
     seed: int = 0
+    checkpoints: str = ""   # a folder, which all processes see
+    stop: int = 0           # the step after which it is left; 0: none
 
 class Found(NamedTuple):
     "What came of it."
@@ -47,9 +49,12 @@ def run(trial: Trial) -> Found:
     def heard(event, seconds, **_):
         if event.endswith("backend_compile_duration"): compiled.append(len(losses))
     jax.monitoring.register_event_duration_secs_listener(heard)
-    weights = fit(model, world, np.arange(len(world)), fraud, Fraud(hide=.1), recipe, trial.seed,
-                  log=lambda step, figures: losses.append(figures["loss"]), progress=False)
-    jax.monitoring.unregister_event_duration_listener(heard)
+    def log(step, figures):
+        losses.append(figures["loss"])
+        if step == trial.stop: raise KeyboardInterrupt
+    try: weights = fit(model, world, np.arange(len(world)), fraud, Fraud(hide=.1), recipe, trial.seed, checkpoints=trial.checkpoints or None, log=log, progress=False)
+    except KeyboardInterrupt: return Found(losses, 0, 1.)
+    finally: jax.monitoring.unregister_event_duration_listener(heard)
     held = sum(shard.data.size for array in spread(model, recipe.mesh, jax.device_put(weights)).values() for shard in array.addressable_shards[:1])
     return Found(losses, sum(2 <= at < len(losses) for at in compiled), held / sum(value.size for value in weights.values()))
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ..models.contract import weights_hash
 from .mesh import gathered
@@ -71,12 +72,14 @@ class Checkpoints:
         return state
 
     def _go_on(self, step: int, damaged: dict[int, str], state: Any) -> Any:
-        "Put what is damaged beside the folder, and say so."
-        for bad, why in damaged.items():
+        "Put what is damaged beside the folder, and say so; of several processes, the first one does."
+        if damaged and jax.process_count() > 1: multihost_utils.sync_global_devices("all have seen what is damaged")
+        for bad, why in damaged.items() if jax.process_index() == 0 else ():
             aside = self.folder.with_name(f"{self.folder.name}.damaged") / f"{bad}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(bad)).rename(aside)
             print(f"The checkpoint of step {bad} is damaged ({why}): put aside as {aside}. The one of step {step} is taken.", file=sys.stderr)
+        if damaged and jax.process_count() > 1: multihost_utils.sync_global_devices("what is damaged is put aside")
         if damaged: self._manager.reload()
         return state
 

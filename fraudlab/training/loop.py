@@ -173,7 +173,6 @@ def train(
     with ExitStack() as stack:
         kept, first, asked = None, 0, []
         if checkpoints is not None:
-            if jax.process_count() > 1: raise ValueError("A training over several processes cannot keep checkpoints yet: leave `checkpoints` out, or train in one process.")
             from fraudlab.training.checkpoints import Checkpoints
             kept = stack.enter_context(Checkpoints(checkpoints, describe(model, dataset, positions, labels, objective, recipe, seed, start)))
             first, state = kept.restore(state)
