@@ -31,6 +31,7 @@ from ..data.contract import LARGEST, Field
 from ..features.encoding import Column, Encoding
 from ..features.sequences import CLOCK, Inputs
 from ..governance.signing import Refused, sign, verify
+from ..models.int8 import packed, unpacked
 from ..models.steps import MODELS, Stepper, make_stepper
 
 # %% ../../nbs/70_serving/00_bundle.ipynb #ffa2dbd6
@@ -125,7 +126,7 @@ def _numbers(columns: Iterable[Column]) -> int:
     return sum(c.width for c in columns)
 
 # %% ../../nbs/70_serving/00_bundle.ipynb #ba1ad18d
-CARD, WEIGHTS, WHOLE, FORMAT = "bundle.json", "weights.safetensors", "score_whole.stablehlo", 2
+CARD, WEIGHTS, WHOLE, FORMAT = "bundle.json", "weights.safetensors", "score_whole.stablehlo", 3
 
 def write(
     folder: str | Path,               # must not exist yet; its name is the bundle's name
@@ -145,7 +146,7 @@ def write(
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and a bundle is never changed. Choose another name, or delete it if nothing uses it.")
     weights, about = {name: _weight(name, w) for name, w in sorted(weights.items())}, _describe(model, weights)
-    files = {WEIGHTS: safetensors.save(weights)} | _programs(model, weights, buckets)
+    files = {WEIGHTS: safetensors.save(packed(weights))} | _programs(model, weights, buckets)
     card = {"format": FORMAT, "name": folder.name, "model": about, "history": model.history,
             "buckets": [] if WHOLE in files else sorted(buckets), "memory": _memory(about, files[WEIGHTS]) if WHOLE in files else "",
             "columns": [asdict(c) for c in model.columns], "features": features, "entities": entities,
@@ -258,7 +259,7 @@ def load(folder: str | Path, public_key: str | Path) -> Bundle:
     card = json.loads(_read(folder, CARD, hashes))
     if card["format"] != FORMAT:
         raise Refused(f"{CARD} of {folder} has format {card['format']}; this fraudlab reads format {FORMAT}. Write the bundle again.")
-    weights = safetensors.load(_read(folder, WEIGHTS, hashes))
+    weights = unpacked(safetensors.load(_read(folder, WEIGHTS, hashes)))
     if card["memory"]: return _with_steps(Bundle(folder, card, weights, {}), _program(_read(folder, WHOLE, hashes)))
     functions = {B: _program(_read(folder, f"score_{B}.stablehlo", hashes)) for B in card["buckets"]}
     return Bundle(folder, card, jax.device_put(weights), functions)
