@@ -36,10 +36,12 @@ test: .venv/.test notebooks rooms style lessons pytest   ## the whole suite
 
 notebooks:       ## clean, and in step with the package and the README
 	$(BIN)/python .ci/notebooks.py
+# what one process has compiled, the others find; longest file first
+TESTS := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 lessons:         ## the notebooks' lesson cells
-	JAX_PLATFORMS=cpu $(BIN)/nbdev-test --n-workers 1 --timing $(if $(shell command -v java),,--skip-file-re '^[_.]|spark')
+	$(TESTS) $(BIN)/nbdev-test --n-workers 2 --timing $(if $(shell command -v java),,--skip-file-re '^[_.]|spark')
 pytest:
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS) $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_quickstart.py tests/test_studies.py tests
 rooms:           ## a room imports only from rooms with smaller numbers
 	$(BIN)/lint-imports
 style:

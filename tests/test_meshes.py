@@ -15,11 +15,11 @@ from fraudlab.training.mesh import Axes, rows_here, spec
 from fraudlab.training.objectives.fraud import Fraud
 from fraudlab.training.recipe import Recipe
 
-RECIPE = {"epochs": 2, "tokens": 512, "room": 32, "optimizer": "muon", "accumulate": 2, "recompute": "blocks"}
+RECIPE = {"epochs": 2, "tokens": 512, "room": 32, "optimizer": "muon", "accumulate": 2, "recompute": "blocks", "checkpoint_every": 3}
 
 
-def trial(**axes) -> Trial:
-    return Trial("decoder", {"width": 32, "layers": 1}, {**RECIPE, "mesh": axes}, payments=1500)
+def trial(checkpoints: str = "", stop: int = 0, **axes) -> Trial:
+    return Trial("decoder", {"width": 32, "layers": 1}, {**RECIPE, "mesh": axes}, 1500, 0, str(checkpoints), stop)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,20 @@ def one_device():
     return run(trial())
 
 
-@pytest.mark.parametrize(
-    ("axes", "processes", "share"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, 1, 0.5), ({"fsdp": 4}, 2, 0.4)],
-    ids=["mixed", "two processes"],
-)
-def test_losses_are_those_of_one_device(one_device, axes, processes, share):
-    found = run_apart(trial(**axes), int(np.prod(list(axes.values()))), processes)
+def test_losses_are_those_of_one_device(one_device):
+    found = run_apart(trial(data=2, fsdp=2, tensor=2), 8)
     assert len(found.losses) == len(one_device.losses) >= 10
     np.testing.assert_allclose(found.losses, one_device.losses, atol=1e-5)
     assert found.compilations == 0
-    assert found.share < share < one_device.share == 1
+    assert found.share < 0.5 < one_device.share == 1
+
+
+def test_two_processes_keep_checkpoints_that_one_goes_on_from(one_device, tmp_path):
+    together = run_apart(trial(tmp_path / "kept", stop=7, fsdp=4), 4, processes=2)
+    alone = run(trial(tmp_path / "kept"))
+    assert len(together.losses) == 7
+    assert len(together.losses) + len(alone.losses) == len(one_device.losses) + 1  # the last one that was kept is that of step 6
+    np.testing.assert_allclose(together.losses[:6] + alone.losses, one_device.losses, atol=1e-5)
 
 
 def test_every_matrix_of_a_transformers_blocks_is_cut_both_ways():

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -138,10 +139,14 @@ def _failure(flow: str, notebook: Path, e: Exception, asked: bool) -> FlowError:
                      f"what the process printed: {shown.rpartition('/')[0]}/kernel.log")
 
 # %% ../../nbs/00_core/40_runner.ipynb #bb306601
+def _of_process() -> str:
+    "Where runs of the second and of later processes lie that train together: beside those of the first, hidden."
+    return f".process-{settings().process}" if settings().process else ""
+
 @contextmanager
 def _alone(flow: str, inputs: str, progress):
     "Hold the only run of `flow` with these inputs; gives the folder of its runs. Waits while another process holds it."
-    parent = settings().runs / flow
+    parent = settings().runs / flow / _of_process()
     parent.mkdir(parents=True, exist_ok=True)
     with open(parent / f".{inputs[:16]}.lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +200,8 @@ def run_flow(
             (folder / "finish.json").unlink(missing_ok=True)
             timings = _execute(flow, notebook, folder, values, progress)
             run = _recorded(folder, record | (note or {}), timings)
-        point_latest(run.folder)
+            shutil.rmtree(parent / f".together-{record['inputs'][:8]}", ignore_errors=True)
+        if run.folder.parent == parent: point_latest(run.folder)
         return run
 
 def finished(flow: str, parameters: dict | None = None) -> Run | None:
@@ -279,6 +285,7 @@ def _execute(flow: str, notebook: Path, folder: Path, values: dict, progress) ->
     output, tail, s, kernels, asked = folder / f"{flow}.ipynb", _Tail(show), settings(), [], []
     try:
         variables = {"FRAUDLAB_RUN": str(folder), "FRAUDLAB_ROOT": str(s.root), **device_variables(s.device), **library_variables()}
+        if s.process: variables["FRAUDLAB_TRACKING"] = f"sqlite:///{folder}/tracking.db"      # the first process's is the one that counts
         with tempfile.TemporaryDirectory() as sockets, environment(**variables), asked_to_stop(partial(_tell, kernels)) as asked:
             papermill.execute_notebook(
                 notebook, output, values, kernel_name="python3", kernel_manager_class=_kernel(sockets, folder / "kernel.log", kernels), cwd=str(s.root),

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import polars as pl
 from beartype import beartype
+from jax.experimental import multihost_utils
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
@@ -155,6 +156,12 @@ def _fill_targets(at, to_score, chosen, counts, labels, known, label, is_known, 
 class Preempted(RuntimeError):
     "A training was asked to stop, and has kept its state."
 
+# %% ../../nbs/40_training/20_loop.ipynb #eb81199c
+def _stops(asked: list, reports: bool) -> bool:
+    "Whether to stop after this step; several processes stop after the same one, where they report."
+    if jax.process_count() == 1: return bool(asked)
+    return reports and bool(multihost_utils.process_allgather(np.array(bool(asked))).any())
+
 # %% ../../nbs/40_training/20_loop.ipynb #eb811998
 def train(
     model: Network, dataset: Dataset, positions: np.ndarray, labels: pl.Series, objective: Objective, recipe: Recipe, seed: int,
@@ -189,8 +196,9 @@ def train(
             with StepTraceAnnotation("step", step_num=at): state = step_on(state, fixed, *given)
             bar.update()
 
-            stop = bool(asked) and at < steps
-            reports, keeps = at % recipe.log_every == 0 or at == steps, at % recipe.checkpoint_every == 0 or at == steps or stop
+            reports = at % recipe.log_every == 0 or at == steps
+            stop = at < steps and _stops(asked, reports)
+            keeps = at % recipe.checkpoint_every == 0 or at == steps or stop
             if not (reports or keeps): continue
             over = (at - 1) % recipe.log_every + 1                                 # steps since the last report
             with TraceAnnotation("wait"): sums = {key: float(total) for key, total in state["sums"].items()}
