@@ -145,6 +145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fraudlab.core.tracking._flat': ('00_core/tracking.html#_flat', 'fraudlab/core/tracking.py'),
                                         'fraudlab.core.tracking._folder': ('00_core/tracking.html#_folder', 'fraudlab/core/tracking.py'),
                                         'fraudlab.core.tracking._new': ('00_core/tracking.html#_new', 'fraudlab/core/tracking.py'),
+                                        'fraudlab.core.tracking._one_at_a_time': ( '00_core/tracking.html#_one_at_a_time',
+                                                                                   'fraudlab/core/tracking.py'),
                                         'fraudlab.core.tracking._same': ('00_core/tracking.html#_same', 'fraudlab/core/tracking.py'),
                                         'fraudlab.core.tracking._unfinished': ( '00_core/tracking.html#_unfinished',
                                                                                 'fraudlab/core/tracking.py'),

@@ -187,3 +187,11 @@ def test_silent_and_alone(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_processes_that_open_a_new_file_at_once_do_not_meet(tmp_path):
+    code = "from fraudlab.core import tracking\nwith tracking.start('flow', 'run', {}) as tracked: tracked.log(0, {'loss': 1.0})"
+    lab = os.environ | {"FRAUDLAB_TRACKING": f"sqlite:///{tmp_path}/new.db", "FRAUDLAB_REGISTRY": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=lab, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said

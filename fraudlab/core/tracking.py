@@ -6,6 +6,7 @@
 __all__ = ['QUIET', 'address_in_full', 'client', 'Tracked', 'start', 'ui_command']
 
 # %% ../../nbs/00_core/60_tracking.ipynb #97d680b9
+import fcntl
 import json
 import os
 import sys
@@ -35,10 +36,21 @@ def client(
     "MLflow's own client, for all that is not here; `ValueError` where no tracking server answers."
     address = address_in_full(address)
     for name, value in QUIET.items(): os.environ.setdefault(name, value)
-    if address.startswith("sqlite:///"): Path(address.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    elif address.startswith("http"): _answers(address)
+    if address.startswith("http"): _answers(address)
     from mlflow import MlflowClient
-    return MlflowClient(address, address)
+    with _one_at_a_time(address): return MlflowClient(address, address)
+
+@contextmanager
+def _one_at_a_time(address: str):
+    "Two processes that first open an SQLite file would both make its tables."
+    if not address.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(address.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 def _answers(address: str):
     import requests

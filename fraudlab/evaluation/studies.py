@@ -6,6 +6,7 @@
 __all__ = ['changed', 'Launcher', 'trained', 'run_all', 'forest']
 
 # %% ../../nbs/50_evaluation/62_studies.ipynb #62500003
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +55,8 @@ class Launcher:
         file = run_folder() / "trials" / f"{flow}-{text_hash(text)[:12]}.yaml"
         write_text(file, text)
         command = [sys.executable, "-c", "from fraudlab.cli import main; main()", "run", str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings().root)
+        plain = os.environ | {"FORCE_COLOR": ""}                  # a kernel asks for colours
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings().root, env=plain)
         self.processes.add(process)
         if self.asked: process.terminate()
         said = process.communicate()[0]
