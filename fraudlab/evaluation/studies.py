@@ -50,6 +50,7 @@ class Launcher:
     def run(self, flow: str, parameters: dict) -> Run:
         "The finished run of `flow`; raises `FlowError` where it fails, `ValueError` for parameters that do not fit."
         if done := finished(flow, parameters): return done
+        if self.asked: raise FlowError(f"Asked to stop before a run of '{flow}' was begun.")
         given = {"purpose": self.purpose, "expected": self.expected, "flow": flow, "parameters": parameters}
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
         file = run_folder() / "trials" / f"{flow}-{text_hash(text)[:12]}.yaml"
