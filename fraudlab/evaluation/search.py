@@ -9,6 +9,7 @@ __all__ = ['PRUNERS', 'Search', 'storage_at', 'begin_study', 'load_study', 'next
 # %% ../../nbs/50_evaluation/66_search.ipynb #66500003
 import fcntl
 import json
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,16 +148,19 @@ def run_trial(trial, study, search: Search, run) -> None:
     else: study.tell(trial, float(np.mean(values)))
 
 def work(name: str, address: str = "") -> int:
-    "Run trials of a study until there are enough; how many this worker ended."
+    "Run trials of a study until there are enough and all have ended; how many this worker ended."
     study, done = load_study(name, address), 0
     search = Search(**study.user_attrs["search"])
     with Launcher(f"A trial of the search '{name}'.", "See the study's own record.") as launcher:
         while not launcher.asked:
             with next_trial(study) as trial:
-                if trial is None: break
-                print(f"trial {trial.number}: {search.choose(trial)}", flush=True)
-                run_trial(trial, study, search, launcher.run)
-            done += 1
+                if trial is not None:
+                    print(f"trial {trial.number}: {search.choose(trial)}", flush=True)
+                    run_trial(trial, study, search, launcher.run)
+                    done += 1
+                    continue
+            if all(t.state.is_finished() for t in study.get_trials(deepcopy=False)): break
+            time.sleep(1)                  # for one that is being run: should its worker die, somebody must be there
     return done
 
 # %% ../../nbs/50_evaluation/66_search.ipynb #66500011
