@@ -333,7 +333,11 @@ def test_the_command_ends_with_1_where_something_leaks(command):
 
 
 def test_the_command_refuses_what_is_no_audit(command):
-    for target, message in (("params/pipelines/ulb.yaml", "that runs audit"), ("params/audit/none.yaml", "No file"), ("train", "runs train")):
+    for target, message in (
+        ("params/pipelines/ulb.yaml", "that runs audit"),
+        ("params/audit/none.yaml", "No file"),
+        ("train", "runs train"),
+    ):
         code, said, _ = command(target)
         assert code == 1
         assert message in said

@@ -13,7 +13,7 @@ from fraudlab.features.encoding import Column
 from fraudlab.features.sequences import Dataset, inputs, plan
 from fraudlab.models.contract import example
 from fraudlab.training import heads
-from fraudlab.training.loop import batch, train
+from fraudlab.training.loop import aims, batch, train
 from fraudlab.training.objectives.contrastive import Contrastive, halves
 from fraudlab.training.objectives.masked import Masked
 from fraudlab.training.objectives.mixture import Mixture
@@ -40,7 +40,7 @@ def first_weights(model) -> dict:
 def a_batch(scored: bool = True, known: bool = True) -> tuple:
     """The last four rows of the plan, which have fillers at their ends."""
     rows = np.arange(len(PLANNED))[-4:]
-    given, targets = batch(DATA, PLANNED, rows, np.ones(4, bool), FRAUD[DATA.order].astype(np.float32), np.full(len(DATA), known))
+    given, targets = batch(DATA, PLANNED, rows, np.ones(4, bool), aims(DATA, PLANNED, FRAUD, np.full(len(DATA), known)))
     return given, targets._replace(scored=targets.scored & scored, known=targets.known & scored)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fraudlab.models.contract import example, weights_hash
 from fraudlab.models.zoo.decoder import Decoder
-from fraudlab.training.loop import POLICIES, batch, batch_at, begin, fit, planned_for, slope
+from fraudlab.training.loop import POLICIES, aims, batch, batch_at, begin, fit, planned_for, slope
 from fraudlab.training.objectives.fraud import Fraud
 from fraudlab.training.objectives.mixture import Mixture
 from fraudlab.training.recipe import Recipe, schedule
@@ -24,7 +24,7 @@ def one_batch(recipe: Recipe, objective):
     weights, fixed = begin(MODEL, DATA, planned, objective, recipe, 0, None)
     rows, counts = batch_at(0, len(planned), recipe.rows, 0)
     known = np.random.default_rng(0).random(PAYMENTS) < np.linspace(0, 1, PAYMENTS)
-    return weights, fixed, batch(DATA, planned, rows, counts, FRAUD[DATA.order].astype(np.float32), known)
+    return weights, fixed, batch(DATA, planned, rows, counts, aims(DATA, planned, FRAUD, known))
 
 
 def gradient_of(recipe: Recipe, objective, weights, fixed, given):

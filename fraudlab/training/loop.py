@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'advance', 'SAMPLE', 'batch_at', 'slope', 'step', 'refuse_non_finite', 'describe', 'without_heads',
-           'begin', 'planned_for', 'batch', 'Preempted', 'train', 'fit']
+           'begin', 'planned_for', 'aims', 'batch', 'Preempted', 'train', 'fit']
 
 # %% ../../nbs/40_training/20_loop.ipynb #6dda437f
 import sys
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 import optax
 import polars as pl
@@ -27,7 +26,7 @@ from jaxtyping import Array, Int, jaxtyped
 from tqdm import tqdm
 
 from ..core.runs import asked_to_stop
-from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, ask_for, inputs, plan
+from ..features.sequences import Dataset, GraphInputs, Inputs, Plan, inputs, plan
 from ..models.contract import Model, Network, Weights, check_inputs, check_labels, looked_at, to_dict, weights_hash
 from .adaptation import merge, split
 from .mesh import gathered, kept_there, rows_here, spread, spread_rows
@@ -131,26 +130,18 @@ def planned_for(model: Network, dataset: Dataset, positions: np.ndarray, objecti
     return plan(dataset, positions, model.history if windows else min(recipe.context, model.history), recipe.room, windows)
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb811997
+def aims(dataset: Dataset, planned: Plan, labels: np.ndarray, known: np.ndarray) -> Targets:
+    "What every token of a plan is trained towards, `[R, T]`; labels of the payments, and whether they are known."
+    position = dataset.order[np.maximum(planned.at, 0)]
+    return Targets(np.where(planned.at < 0, 0, labels[position]).astype(np.float32), known[position] & planned.scored, planned.scored)
+
 def batch(
-    dataset: Dataset, planned: Plan, rows: np.ndarray, counts: np.ndarray,
-    labels: np.ndarray, known: np.ndarray,                      # by place: in the order of `dataset.order`
-    fanout: tuple[int, ...] = (), latest: bool = True,
+    dataset: Dataset, planned: Plan, rows: np.ndarray, counts: np.ndarray, targets: Targets, fanout: tuple[int, ...] = (), latest: bool = True,
 ) -> tuple[Inputs | GraphInputs, Targets]:
     "What a model sees in `rows` of a plan, and what it should make of them; a row that does not count is not learned from."
-    given, shape = inputs(dataset, planned, rows, fanout, latest), (len(rows), planned.at.shape[1])
-    targets = Targets(np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool))
-    _fill_targets(planned.at, planned.scored, rows, counts, labels, known, *targets)
-    return given, targets
-
-@numba.njit(cache=True, nogil=True)
-def _fill_targets(at, to_score, chosen, counts, labels, known, label, is_known, scored):
-    "Targets of rows `chosen` of `at` [R, T], token by token."
-    for b in range(len(chosen)):
-        if b + 1 < len(chosen): ask_for(to_score, chosen[b + 1])
-        for t in range(at.shape[1]):
-            place = at[chosen[b], t]
-            scored[b, t] = counts[b] and to_score[chosen[b], t]
-            label[b, t], is_known[b, t] = labels[place] if place >= 0 else 0, scored[b, t] and known[place]
+    label, known, scored = (of[rows] for of in targets)
+    if not counts.all(): known, scored = known & counts[:, None], scored & counts[:, None]
+    return inputs(dataset, planned, rows, fanout, latest), Targets(label, known, scored)
 
 # %% ../../nbs/40_training/20_loop.ipynb #eb81199b
 class Preempted(RuntimeError):
@@ -170,7 +161,7 @@ def train(
     "Weights of a network after all steps, and those of its objective's layers; arguments as for `fit`."
     planned = planned_for(model, dataset, positions, objective, recipe)
     steps = recipe.epochs * -(-len(planned) // recipe.rows)
-    known, truth = labels.is_not_null().to_numpy()[dataset.order], labels.fill_null(False).to_numpy().astype(np.float32)[dataset.order]
+    targets = aims(dataset, planned, labels.fill_null(False).to_numpy(), labels.is_not_null().to_numpy())
     weights, fixed = begin(model, dataset, planned, objective, recipe, seed, start)
 
     place, here = partial(spread, model, recipe.mesh), rows_here(recipe.mesh, recipe.rows)
@@ -191,7 +182,7 @@ def train(
         for at in range(first + 1, steps + 1):                                     # counted from 1: "after step n" is state n
             with TraceAnnotation("input"):                                         # marks for training.profile
                 rows, counts = batch_at(at - 1, len(planned), recipe.rows, seed)
-                given = batch(dataset, planned, rows[here], counts[here], truth, known, model.fanout, model.latest)
+                given = batch(dataset, planned, rows[here], counts[here], targets, model.fanout, model.latest)
                 given = *spread_rows(recipe.mesh, given, recipe.rows), place(jax.random.fold_in(key, at))
             with StepTraceAnnotation("step", step_num=at): state = step_on(state, fixed, *given)
             bar.update()
