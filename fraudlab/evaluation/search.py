@@ -182,11 +182,13 @@ def parallel(table: pl.DataFrame, names: list[str], metric: str) -> alt.LayerCha
     "Finished trials as lines over the parameters `names` and the value, each axis from its lowest to its highest (logarithms where it spans more than a magnitude)."
     done = table.filter(state="complete")
     columns, ends = [], []
-    for name in (*names, "value"):
+    last = [name.rpartition(".")[2] for name in names]
+    axes = dict(zip(names, last if len(set(last)) == len(last) else names, strict=True)) | {"value": metric}
+    for name, axis in axes.items():
         at, low, high = _along(done[name])
-        columns.append(pl.DataFrame({"trial": done["trial"], "of": done["value"], "axis": metric if name == "value" else name, "at": at}))
-        ends += [{"axis": metric if name == "value" else name, "at": place, "text": text} for place, text in ((-.07, low), (1.07, high))]
-    order = [*names, metric]
+        columns.append(pl.DataFrame({"trial": done["trial"], "of": done["value"], "axis": axis, "at": at}))
+        ends += [{"axis": axis, "at": place, "text": text} for place, text in ((-.07, low), (1.07, high))]
+    order = list(axes.values())
     x = alt.X("axis:N", title=None, sort=order, axis=alt.Axis(labelAngle=0, domain=False, grid=True), scale=alt.Scale(padding=.3))
     y = alt.Y("at:Q", axis=None)
     colour = alt.Color("of:Q", title=metric, scale=alt.Scale(scheme="viridis", reverse=metric != "ece"))
