@@ -41,7 +41,7 @@ TESTS := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled JA
 lessons:         ## the notebooks' lesson cells
 	$(TESTS) $(BIN)/nbdev-test --n-workers 2 --timing $(if $(shell command -v java),,--skip-file-re '^[_.]|spark')
 pytest:
-	$(TESTS) $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_quickstart.py tests/test_studies.py tests
+	$(TESTS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests/test_studies.py tests/test_audit.py tests
 rooms:           ## a room imports only from rooms with smaller numbers
 	$(BIN)/lint-imports
 style:

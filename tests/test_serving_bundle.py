@@ -254,7 +254,7 @@ LOADS = """
     import sys
     class Blocked:
         def find_spec(self, name, path=None, target=None):
-            models = name.startswith("fraudlab.models.") and name != "fraudlab.models.steps"
+            models = name.startswith("fraudlab.models.") and name not in ("fraudlab.models.int8", "fraudlab.models.steps")
             if models or name.startswith(("flax", "optax", "orbax", "sklearn", "lightgbm", "mlflow", "fraudlab.training")):
                 raise ImportError(f"{name} must not be needed")
     sys.meta_path.insert(0, Blocked())
