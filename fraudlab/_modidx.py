@@ -2542,6 +2542,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fraudlab.training.heads.truth': ('40_training/heads.html#truth', 'fraudlab/training/heads.py')},
             'fraudlab.training.loop': { 'fraudlab.training.loop.Preempted': ( '40_training/loop.html#preempted',
                                                                               'fraudlab/training/loop.py'),
+                                        'fraudlab.training.loop._in_float32': ( '40_training/loop.html#_in_float32',
+                                                                                'fraudlab/training/loop.py'),
                                         'fraudlab.training.loop._order': ('40_training/loop.html#_order', 'fraudlab/training/loop.py'),
                                         'fraudlab.training.loop._stops': ('40_training/loop.html#_stops', 'fraudlab/training/loop.py'),
                                         'fraudlab.training.loop.aims': ('40_training/loop.html#aims', 'fraudlab/training/loop.py'),

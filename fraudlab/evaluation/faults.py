@@ -53,17 +53,18 @@ class Training(NamedTuple):
     recipe: dict = {"epochs": 20, "tokens": 256, "room": 64, "checkpoint_every": 10}
 
 # %% ../../nbs/50_evaluation/78_faults.ipynb #78a00006
-def attempt(training: Training, folder: Path, stop: int = 0, after: float = 0, cores: set[int] | None = None) -> Attempt:
-    "Train in a new process until it ends, or send it the signal `stop`, `after` seconds after its first step; on these `cores` only."
+def attempt(training: Training, folder: Path, stop: int = 0, after: float = 0, at: int = 0, cores: set[int] | None = None) -> Attempt:
+    "Train in a new process until it ends, or send it the signal `stop`, `after` seconds after it has done step `at` (or its first); on these `cores` only."
     given = json.dumps([str(folder), training.payments, training.seed, training.options, training.recipe])
-    command, lines = [sys.executable, "-c", TRAINING, given], []
+    command, lines, sent = [sys.executable, "-c", TRAINING, given], [], False
     limit = (lambda: os.sched_setaffinity(0, cores)) if cores else None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit) as process:
         for line in process.stdout:
             lines.append(line.split())
-            if stop and len(lines) == 1:
+            if stop and not sent and lines[-1][0].isdecimal() and int(lines[-1][0]) >= at:
                 time.sleep(after)
                 process.send_signal(stop)
+                sent = True
         said = process.stderr.read()
     found = dict(line for line in lines if len(line) == 2)
     weights = found.pop("weights", "")

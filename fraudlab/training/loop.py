@@ -71,12 +71,14 @@ def step(
 ) -> dict:
     "The state after one more step on a batch."
     loss_of = lambda weights, *batch: objective.loss(model, merge({**weights, **fixed}), *batch)
-    weights = {name: value.astype(jnp.float32) for name, value in state["weights"].items()}
+    weights = _in_float32(state["weights"])
     with jax.default_matmul_precision(recipe.precision): loss, gradient = slope(loss_of, weights, (inputs, targets), key, recipe)
     after = change(state, gradient, recipe, steps, key)
-    figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "weight_norm": optax.tree.norm(after["weights"])}
-    after["sums"] = {name: state["sums"][name] + value.astype(jnp.float32) for name, value in figures.items()}
+    figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), "weight_norm": optax.tree.norm(_in_float32(after["weights"]))}
+    after["sums"] = {name: state["sums"][name] + value for name, value in figures.items()}
     return kept_there(model, recipe.mesh, after)
+
+def _in_float32(weights: Weights) -> Weights: return {name: value.astype(jnp.float32) for name, value in weights.items()}
 
 advance = jax.jit(step, static_argnames=("model", "objective", "recipe", "steps"), donate_argnames="state")   # compiled once for each set-up
 
