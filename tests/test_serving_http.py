@@ -105,13 +105,14 @@ def test_one_payment_and_lists_get_the_scores_of_a_scorer_of_their_own(server, t
     ]
     one = post(server, payments[0])
     assert one.status == 200
-    assert list(one.json) == ["payment_id", "score", "model", "bundle"]
+    assert list(one.json) == ["payment_id", "score", "model", "bundle", "fallback"]
     assert one.json["payment_id"] == "good-0"
     assert (one.json["model"], one.json["bundle"]) == ("linear", server.bundle.version)
     many = post(server, payments[1:])
     assert [a["payment_id"] for a in many.json] == [p["payment_id"] for p in payments[1:]]
     read, _ = payment_reader(server.bundle)(json.dumps(payments).encode())
     expected = Scorer(server.bundle, f"lmdb:{tmp_path}/state.lmdb").score(read)
+    expected = [s.answer.score for s in expected]
     np.testing.assert_allclose([one.json["score"], *(a["score"] for a in many.json)], expected, atol=1e-6)
     assert len(set(np.round(expected, 6))) > 15, "the scores must differ, or this shows nothing"
 

@@ -31,18 +31,26 @@ def test_payments_of_nobody_have_no_history_online_as_offline():
     encoding = Encoding.fit(payments, [Column("amount")])
     data = Dataset(encoding.encode(payments), encoding.columns, payments["payer_id"], payments["event_time"])
     until = int((start + timedelta(hours=2)).timestamp() * 1e6)
-    about = {"features": FeatureSet().to_dict(), "columns": encoding.to_dict(), "history": 3, "stepper": None}
+    about = {
+        "features": FeatureSet().to_dict(),
+        "columns": encoding.to_dict(),
+        "history": 3,
+        "stepper": None,
+        "model": {"name": "m"},
+        "version": "1",
+    }
 
     scorer = Scorer(
         SimpleNamespace(**about, score=lambda shown: shown.rows[:, -1, 0] + 100 * (shown.sequence > 0).sum(1)), "sqlite::memory:"
     )
     assert backfill(scorer.state, payments, labels, data.rows, until) == 2
-    assert scorer.score(payments.tail(2).to_dicts()) == [103.0, 104.0]  # each is shown itself
+    assert [x.answer.score for x in scorer.score(payments.tail(2).to_dicts())] == [103.0, 104.0]  # each is shown itself
 
     model = Gru(data.columns, width=8, layers=1)
     weights = model.init(inputs(data, plan(data, np.arange(4), 0, 4), np.arange(1)), 0)
     stepper = make_stepper("gru", to_dict(model)["options"], data.columns, weights)
     scorer = Scorer(SimpleNamespace(**about | {"stepper": stepper, "memory": "a hash"}), "sqlite::memory:")
     assert backfill(scorer.state, payments, labels, data.rows, until) == 2
-    np.testing.assert_allclose(scorer.score(payments.to_dicts()), score_all(model, weights, data, np.arange(4)), atol=1e-6)
-    assert not any(key.startswith(b"=memory=") for page in scorer.state.store.pages() for key, _ in page)
+    scores = [x.answer.score for x in scorer.score(payments.to_dicts())]
+    np.testing.assert_allclose(scores, score_all(model, weights, data, np.arange(4)), atol=1e-6)
+    assert not any(key.startswith(b"=past=") for page in scorer.state.store.pages() for key, _ in page)

@@ -76,6 +76,7 @@ def made(n=400, days=60):
     encoding = Encoding.fit(frame[:200], [Column(name) for name in ("amount", *FEATURES.names)])
     data = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
     about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "stepper": None}
+    about |= {"model": {"name": "total"}, "version": "1"}
     bundle, offline = SimpleNamespace(**about, score=total), score_all(Total(data.columns), {}, data, np.arange(n))
     return SimpleNamespace(bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=offline, times=times, data=data)
 
@@ -111,6 +112,10 @@ def moment(time) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=int(time))
 
 
+def scored(scorer: Scorer, payments: list[dict]) -> list[float]:
+    return [x.answer.score for x in scorer.score(payments)]
+
+
 def replay(scorer: Scorer, world, start: int, stop: int, most: int = 8) -> list[float]:
     """Scores of the payments from `start` to `stop`, in lists of 1 to `most`, with the reports as they come."""
     rng, at, scores = np.random.default_rng(start), start, []
@@ -121,7 +126,7 @@ def replay(scorer: Scorer, world, start: int, stop: int, most: int = 8) -> list[
         due = world.labels.filter(pl.col("is_fraud") & (pl.col("known_at") >= reported) & (pl.col("known_at") < now))
         scorer.report(due.to_dicts())
         reported = now
-        scores += scorer.score(batch)
+        scores += scored(scorer, batch)
         at += len(batch)
     return scores
 
@@ -148,28 +153,30 @@ def test_what_backfill_leaves_is_what_the_service_would_have_left(stepping, tmp_
     live, filled = (Scorer(stepping.bundle, f"sqlite:{tmp_path}/{name}") for name in ("live", "filled"))
     scores = replay(live, stepping, 0, 400, most=1)
     backfill(filled.state, stepping.payments, stepping.labels, stepping.rows, int(stepping.times[-1]) + 1)
-    memories = [{k: v for k, v in everything(s).items() if k.startswith(b"=memory=")} for s in (live, filled)]
+    memories = [{k: v[states.COUNT :] for k, v in everything(s).items() if k.startswith(b"=past=")} for s in (live, filled)]
     assert memories[0].keys() == memories[1].keys()
     assert len(memories[0]) == 12
     assert {len(blob) for blob in memories[0].values()} == {stepping.bundle.stepper.size}
     assert memories[0] == memories[1]
-    before = everything(filled)
-    np.testing.assert_allclose(filled.score(stepping.payments[380:].to_dicts()), scores[380:], atol=1e-6)
-    assert everything(filled) == before
+    remembered = lambda: {k: v for k, v in everything(filled).items() if not k.startswith(b"=payment=")}  # noqa: E731
+    before = remembered()
+    np.testing.assert_allclose(scored(filled, stepping.payments[380:].to_dicts()), scores[380:], atol=1e-6)
+    assert remembered() == before
+    assert scored(filled, stepping.payments[380:].to_dicts()) == pytest.approx(scores[380:], abs=1e-6)
 
 
 def test_a_payment_sent_again_gets_its_score_and_changes_nothing(stepping, address):  # noqa: F811
     scorer = Scorer(stepping.bundle, address)
     payments = stepping.payments[:60].to_dicts()
-    scores = scorer.score(payments)
+    scores = scored(scorer, payments)
     before = everything(scorer)
-    assert scorer.score(payments[10:20]) == scores[10:20]  # though their payers have paid since
+    assert scored(scorer, payments[10:20]) == scores[10:20]  # though their payers have paid since
     scorer.report([{"payment_id": "id-11", "is_fraud": True, "known_at": payments[-1]["event_time"]}])
-    assert scorer.score([payments[11]]) == [scores[11]]
+    assert scored(scorer, [payments[11]]) == [scores[11]]
     scorer.report([{"payment_id": "id-11", "is_fraud": False, "known_at": payments[-1]["event_time"]}])
     scorer.close()
     scorer = Scorer(stepping.bundle, address)
-    assert scorer.score([payments[5], payments[59], payments[5]]) == [scores[5], scores[59], scores[5]]
+    assert scored(scorer, [payments[5], payments[59], payments[5]]) == [scores[5], scores[59], scores[5]]
     after = everything(scorer)
     assert {k for k in after if after[k] != before.get(k)} <= {k for k in after if k.startswith(b"payee=")}  # where the report was
     scorer.close()
@@ -182,19 +189,19 @@ def test_payments_of_one_payer_in_one_list_are_as_one_after_the_other(stepping):
         for name, time, amount in (("a", at, 5.0), ("b", at, 150.0), ("c", later, 20.0), ("d", later, 20.0), ("e", later, 21.0))
     ]
     apart, together, swapped, alone = (Scorer(stepping.bundle, "sqlite::memory:") for _ in range(4))
-    one_by_one = [score for p in several for score in apart.score([p])]
-    assert together.score(several) == one_by_one
+    one_by_one = [score for p in several for score in scored(apart, [p])]
+    assert scored(together, several) == one_by_one
     assert everything(together) == everything(apart)
-    a, b = swapped.score(several[1::-1])
+    a, b = scored(swapped, several[1::-1])
     np.testing.assert_allclose([b, a], one_by_one[:2], atol=1e-6)  # of one instant, they do not see one another
-    assert alone.score([several[2]])[0] != one_by_one[2]  # what came before is seen
+    assert scored(alone, [several[2]])[0] != one_by_one[2]  # what came before is seen
     assert one_by_one[2] == one_by_one[3]
 
 
 def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, address):  # noqa: F811
     scorer = Scorer(stepping.bundle, address)
     payments, stepper = stepping.payments[:30].to_dicts(), scorer.state.stepper
-    scorer.score(payments[:20])
+    scored(scorer, payments[:20])
     before, left = everything(scorer), iter(range(9))
 
     def step(memory, row, time):
@@ -202,26 +209,26 @@ def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, 
             raise ArithmeticError
         return stepper.step(memory, row, time)
 
-    scorer.state.stepper = SimpleNamespace(step=step, empty=stepper.empty)
+    scorer.state.stepper = SimpleNamespace(step=step, empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError):
-        scorer.score(payments[20:])
+        scored(scorer, payments[20:])
     assert next(left, None) is None
-    scorer.state.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty)
+    scorer.state.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError, match="not a number"):
-        scorer.score(payments[20:21])
+        scored(scorer, payments[20:21])
     scorer.state.stepper = stepper
     with pytest.raises(Conflict):
-        scorer.score([*payments[20:], payments[0] | {"amount": 1.0}])
+        scored(scorer, [*payments[20:], payments[0] | {"amount": 1.0}])
     assert everything(scorer) == before
-    np.testing.assert_allclose(scorer.score(payments[20:]), stepping.offline[20:30], atol=1e-4)
+    np.testing.assert_allclose(scored(scorer, payments[20:]), stepping.offline[20:30], atol=1e-4)
     scorer.close()
 
 
 def test_several_services_share_one_state(world, redis):  # noqa: F811
     scorers = [Scorer(world.bundle, redis.address) for _ in range(3)]
-    scores = [scorers[i % 3].score([p])[0] for i, p in enumerate(world.payments[:120].to_dicts())]
+    scores = [scored(scorers[i % 3], [p])[0] for i, p in enumerate(world.payments[:120].to_dicts())]
     alone = Scorer(world.bundle, "sqlite::memory:")
-    np.testing.assert_allclose(scores, alone.score(world.payments[:120].to_dicts()), rtol=1e-6)
+    np.testing.assert_allclose(scores, scored(alone, world.payments[:120].to_dicts()), rtol=1e-6)
 
 
 def everything(scorer: Scorer) -> dict[bytes, bytes]:
@@ -232,7 +239,7 @@ def everything(scorer: Scorer) -> dict[bytes, bytes]:
 def test_a_request_that_fails_is_forgotten_as_a_whole(world, address, fault):  # noqa: F811
     scorer = Scorer(world.bundle, address)
     first, second = world.payments[:5].to_dicts(), world.payments[5:9].to_dicts()
-    scorer.score(first)
+    scored(scorer, first)
     before = everything(scorer)
 
     def fail(inputs):
@@ -240,10 +247,10 @@ def test_a_request_that_fails_is_forgotten_as_a_whole(world, address, fault):  #
 
     score, scorer.bundle = scorer.bundle, SimpleNamespace(**vars(scorer.bundle) | {"score": fail})
     with pytest.raises(fault):
-        scorer.score(second)
+        scored(scorer, second)
     scorer.bundle = score
     with pytest.raises(Conflict):
-        scorer.score([*second, first[0] | {"amount": 1.0}])
+        scored(scorer, [*second, first[0] | {"amount": 1.0}])
     label = {"payment_id": "id-0", "is_fraud": True, "known_at": first[0]["event_time"] + timedelta(days=1)}
     with pytest.raises(Conflict, match="known_at is before the payment"):
         scorer.report([label, label | {"payment_id": "id-1", "known_at": START - timedelta(days=1)}])
@@ -254,16 +261,16 @@ def test_a_request_that_fails_is_forgotten_as_a_whole(world, address, fault):  #
 def test_a_report_twice_and_taken_back_is_as_if_it_had_never_been(world, address):  # noqa: F811
     scorer = Scorer(world.bundle, address)
     payments = world.payments[:100].to_dicts()
-    scorer.score(payments)
+    scored(scorer, payments)
     late = payments[-1] | {"payment_id": "late", "event_time": payments[-1]["event_time"] + timedelta(days=3)}
     judged = [p for p in payments if p["payee_id"] == late["payee_id"]][-3:]
     labels = [{"payment_id": p["payment_id"], "is_fraud": True, "known_at": payments[-1]["event_time"]} for p in judged]
     assert scorer.report([*labels, *labels, labels[0] | {"payment_id": "unknown"}]) == 6
-    once = [scorer.report(labels), scorer.score([late])]
+    once = [scorer.report(labels), scored(scorer, [late])]  # of one instant, the late ones do not see one another
     assert scorer.report([x | {"is_fraud": False} for x in labels]) == 3
-    assert scorer.score([late]) != once[1]
+    assert scored(scorer, [late | {"payment_id": "later"}]) != once[1]
     assert scorer.report(labels) == 3
-    assert scorer.score([late]) == once[1]
+    assert scored(scorer, [late | {"payment_id": "latest"}]) == once[1]
     scorer.state.close()
 
 
@@ -272,7 +279,7 @@ def test_what_is_too_old_to_matter_is_let_go(world, monkeypatch):
     scorer = Scorer(world.bundle, "sqlite::memory:")
     payments = world.payments.to_dicts()
     for p in payments:
-        scorer.score([p])
+        scored(scorer, [p])
     kept = {key for key in everything(scorer) if key.startswith(b"=payment=")}
     needed = {
         b"=payment=" + p["payment_id"].encode() for p in payments if p["event_time"] >= payments[-1]["event_time"] - timedelta(days=31)
@@ -284,17 +291,17 @@ def test_what_is_too_old_to_matter_is_let_go(world, monkeypatch):
 def test_entities_of_which_nothing_counts_are_let_go(world, monkeypatch):
     monkeypatch.setattr(states, "LOOKS", 16)
     scorer = Scorer(world.bundle, "sqlite::memory:")
-    scorer.score(world.payments[:100].to_dicts())
+    scored(scorer, world.payments[:100].to_dicts())
     prefixes = tuple(scorer.state.engine.prefixes)
     entities = lambda: {key for key in everything(scorer) if key.startswith(prefixes)}  # noqa: E731
     assert len(entities()) > 50
     end = world.payments["event_time"][-1] + timedelta(days=100)
     recent = world.payments.row(0, named=True) | {"payment_id": "r", "payer_id": "recent", "payee_id": "shop", "device": "phone"}
     recent["event_time"] = end - timedelta(days=20)
-    scorer.score([recent])
+    scored(scorer, [recent])
     for i in range(120):
         last = recent | {"payment_id": str(i), "payer_id": "last", "payee_id": "bar", "device": "web", "event_time": end}
-        scorer.score([last])
+        scored(scorer, [last])
     kept = {b"payee=shop", b"payer+payee=recent\x1fshop"}  # in windows of 22 and 30 days; not the payer's of 7, the device's of 3
     assert entities() == kept | set(scorer.state.engine.keys(last))
     scorer.close()
@@ -334,15 +341,15 @@ def test_memories_of_another_model_and_older_states_are_refused(stepping, world,
 def test_a_payment_in_another_currency_is_a_conflict_after_a_restart_too(world, address):  # noqa: F811
     scorer = Scorer(world.bundle, address)
     first, second = world.payments[:2].to_dicts()
-    scorer.score([first])
+    scored(scorer, [first])
     scorer.close()
     scorer = Scorer(world.bundle, address)
     before, yen = everything(scorer), first | {"payment_id": "in yen", "currency": "JPY"}
     with pytest.raises(Conflict, match="currency is another one than that of earlier payments") as refused:
-        scorer.score([second, yen])
+        scored(scorer, [second, yen])
     assert refused.value.field == "currency"
     assert everything(scorer) == before
-    scorer.score([second, yen | {"payee_id": "nobody before"}])  # of the pair the mean is taken, and it is new
+    scored(scorer, [second, yen | {"payee_id": "nobody before"}])  # of the pair the mean is taken, and it is new
     scorer.close()
 
 
@@ -350,7 +357,7 @@ def test_a_state_that_is_laid_out_in_another_way_is_refused(world, tmp_path, mon
     address = f"sqlite:{tmp_path}/state"  # noqa: F811
     scorer = Scorer(world.bundle, address)
     payment = world.payments.row(0, named=True)
-    scorer.score([payment])
+    scored(scorer, [payment])
     keys = scorer.state.engine.keys(payment)
     packed = scorer.state.store.get_many(keys)
     scorer.close()
@@ -363,13 +370,13 @@ def test_a_state_that_is_laid_out_in_another_way_is_refused(world, tmp_path, mon
 
 def test_a_copy_goes_on_as_the_original_does(world, tmp_path, address):  # noqa: F811
     scorer = Scorer(world.bundle, address)
-    scorer.score(world.payments[:50].to_dicts())
+    scored(scorer, world.payments[:50].to_dicts())
     if address.startswith("lmdb"):
         scorer.state.close()  # a process opens an LMDB file once
     copy_state(address, f"sqlite:{tmp_path}/to/copy")
     original, copied = (Scorer(world.bundle, a) for a in (address, f"sqlite:{tmp_path}/to/copy"))
     rest = world.payments[50:70].to_dicts()
-    assert original.score(rest) == copied.score(rest)
+    assert scored(original, rest) == scored(copied, rest)
     assert everything(original) == everything(copied)
     original.state.close()
     with pytest.raises(StoreError, match="is not empty"):

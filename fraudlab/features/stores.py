@@ -39,8 +39,8 @@ class StoreError(OSError):
 
 class Store:
     "Blobs by key. Any number of threads and processes may use it, and a process that forks may go on in both halves."
-    def __init__(self, address: str):
-        self.address = address
+    def __init__(self, address: str, patience: float):
+        self.address, self.patience = address, patience
         self._open()
         _OPENED.add(self)
 
@@ -163,12 +163,13 @@ def _private(path: str) -> str:
 # %% ../../nbs/20_features/40_stores.ipynb #5700e513
 class _LmdbFile(Store):
     "An LMDB file, opened by this process, that grows."
-    def __init__(self, path: str, size: int = 1 << 24):   # bytes to begin with
+    def __init__(self, path: str, patience: float = 2., size: int = 1 << 24):   # bytes to begin with
         self.path, self.size = _private(path), size
-        super().__init__(f"lmdb:{path}")
+        super().__init__(f"lmdb:{path}", patience)
 
     def _open(self):
         self.lock, in_use = threading.Lock(), _InUse(self.path)
+        self.turn = os.open(f"{self.path}-turn", os.O_RDWR | os.O_CREAT, 0o600)
         size = max(self.size, os.stat(self.path).st_size if os.path.exists(self.path) else 0)
         try:
             self.env = lmdb.open(self.path, subdir=False, mode=0o600, map_size=size, writemap=True, map_async=True,
@@ -178,30 +179,54 @@ class _LmdbFile(Store):
             in_use.end()
             raise StoreError(f"{self.address} cannot be opened: {e}") from None
         self.env.reader_check()       # readers that were killed
-        self._end = weakref.finalize(self, _close, self.env, in_use)
+        self._end = weakref.finalize(self, _close, self.env, in_use, self.turn)
 
     def _reopen(self):
-        env, in_use = self._end.detach()[2]
+        env, in_use, turn = self._end.detach()[2]
         env.close()
         os.close(in_use.fd)
+        os.close(turn)
         self._open()
 
     def close(self): self._end()
 
-def _close(env: lmdb.Environment, in_use: _InUse):
+def _close(env: lmdb.Environment, in_use: _InUse, turn: int):
     env.sync(True)
     env.close()
     in_use.end()
+    os.close(turn)
 
 # %% ../../nbs/20_features/40_stores.ipynb #5700e515
 class LmdbStore(_LmdbFile):
     "Blobs in the LMDB file at `path`."
     def update(self, keys, change):
-        with self.lock:
+        self._begin()
+        try:
             while True:
                 try: return self._update(keys, change)
                 except lmdb.MapFullError: self._grow()
                 except lmdb.MapResizedError: self.env.set_mapsize(0)
+        finally: self._finish()
+
+    def _begin(self):
+        "Wait until no other thread or process writes; `StoreError` when patience ends. LMDB's own lock would wait for ever."
+        end = time.monotonic() + self.patience
+        if not self.lock.acquire(timeout=self.patience): raise self._busy()
+        while True:
+            try: return fcntl.flock(self.turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end: break
+            time.sleep(2e-4)
+        self.lock.release()
+        raise self._busy()
+
+    def _finish(self):
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+        self.lock.release()
+
+    def _busy(self) -> StoreError:
+        return StoreError(f"{self.address}: another process or thread has been writing for {self.patience} s. Nothing was written: try again, "
+                          "or end the process that stands still.")
 
     def _update(self, keys, change):
         txn = self.env.begin(write=True)
@@ -251,14 +276,14 @@ def _range(txn: lmdb.Transaction, start: bytes, prefix: bytes) -> Iterator[tuple
 # %% ../../nbs/20_features/40_stores.ipynb #5700e518
 class _SqliteFile(Store):
     "An SQLite file, or `:memory:`, opened by this process."
-    def __init__(self, path: str):
+    def __init__(self, path: str, patience: float = 2.):
         self.path = path if path == ":memory:" else _private(path)
-        super().__init__(f"sqlite:{path}")
+        super().__init__(f"sqlite:{path}", patience)
 
     def _open(self):
         self.lock = threading.Lock()
         if self.path != ":memory:": os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+        self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=self.patience)
         with self._told():
             self.db.execute("pragma journal_mode = wal")
             self.db.execute("pragma synchronous = normal")
@@ -342,15 +367,16 @@ def pack(*words: bytes) -> bytes:
 # %% ../../nbs/20_features/40_stores.ipynb #5700e51e
 class _RedisServer(Store):
     "Connections to a Redis, one a thread."
-    def __init__(self, url: str):
+    def __init__(self, url: str, patience: float = 2.):
         self.url = url
-        super().__init__(re.sub(r"//[^@/]*@", "//", url.partition("?")[0]))   # without the password
+        super().__init__(re.sub(r"//[^@/]*@", "//", url.partition("?")[0]), patience)   # without the password
 
     def _open(self):
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
-        fixed = {"protocol": 2, "decode_responses": False, "retry": Retry(NoBackoff(), 0), "socket_timeout": 2, "socket_connect_timeout": 2}
+        fixed = {"protocol": 2, "decode_responses": False, "retry": Retry(NoBackoff(), 0),
+                 "socket_timeout": self.patience, "socket_connect_timeout": self.patience}
         try: self.connect = redis.ConnectionPool.from_url(self.url, **fixed).make_connection
         except ValueError as e: raise ValueError(f"{self.address} is no address of a Redis: {e}. One is redis://host:6379/0.") from None
         self.local, self.redis = threading.local(), redis
@@ -391,13 +417,14 @@ class RedisStore(_RedisServer):
 
     def update(self, keys, change):
         if not keys: return change([])[1]
-        read = pack(b"MGET", *keys)
+        read, end = pack(b"MGET", *keys), time.monotonic() + self.patience
         for attempt in range(TRIES):
             blobs = self._ask(read)
             new, result = change(blobs)
             if not any(map(is_not, blobs, new)) or self._swap(keys, blobs, new): return result
+            if time.monotonic() > end: break
             if attempt: time.sleep(random.random() * min(1e-4 * 2**attempt, .05))
-        raise StoreError(f"{self.address}: others changed the same {len(keys)} keys {TRIES} times in a row. "
+        raise StoreError(f"{self.address}: others changed the same {len(keys)} keys {attempt + 1} times in a row. "
                          "Nothing was written: try again, with fewer writers.")
 
     def _swap(self, keys: list[bytes], blobs: Blobs, new: Blobs) -> bool:
@@ -421,14 +448,15 @@ class RedisStore(_RedisServer):
 KINDS = {"lmdb": LmdbStore, "sqlite": SqliteStore, "redis": RedisStore, "rediss": RedisStore, "unix": RedisStore}
 
 def open_store(
-    address: str,   # lmdb:PATH, sqlite:PATH, redis://host:port/db, rediss://… or unix://…
+    address: str,           # lmdb:PATH, sqlite:PATH, redis://host:port/db, rediss://… or unix://…
+    patience: float = 2.,   # seconds that an answer, or a turn to write, is waited for
 ) -> Store:
     "The store at `address`; a file is created where there is none. `ValueError` for an unknown kind, `StoreError` where it cannot be used."
     kind, _, path = address.partition(":")
     if kind not in KINDS:
         raise ValueError(f"'{address}' begins with no kind of store: write lmdb:PATH, sqlite:PATH or redis://host/0. "
                          + closest(kind, KINDS))
-    return KINDS[kind](address if issubclass(KINDS[kind], RedisStore) else path)
+    return KINDS[kind](address if issubclass(KINDS[kind], RedisStore) else path, patience)
 
 # %% ../../nbs/20_features/40_stores.ipynb #5700e52b
 class Stored:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'AHEAD', 'ROUTES', 'OPEN', 'Fault', 'Refusal', 'Problem', 'answer', 'refuse', 'Limits', 'read', 'Reader',
-           'payment_reader', 'application', 'Score', 'Label', 'Noted', 'Model', 'document', 'loopback', 'check_address',
+           'payment_reader', 'application', 'Label', 'Noted', 'Model', 'document', 'loopback', 'check_address',
            'shown_key', 'Guard', 'KnownPaths']
 
 # %% ../../nbs/70_serving/30_http.ipynb #ea8bc6ec
@@ -35,7 +35,8 @@ from starlette.routing import Route
 from ..data.contract import EARLIEST, LATEST
 from ..features.stores import StoreError
 from .bundle import _CORE, _ID, _TIME, Bundle, example, payment_type
-from .scorer import Conflict
+from .scorer import Answer
+from .state import Conflict
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -202,22 +203,14 @@ def _ready(request: Request):
     raise Problem(503, "not_ready", "The service is starting, or its bundle was refused: its log says which.", retry_after="1")
 
 # %% ../../nbs/70_serving/30_http.ipynb #4282cbc4
-class Score(msgspec.Struct):
-    "The score of a payment."
-    payment_id: str
-    score: Annotated[float, Meta(ge=0, le=1, description="The model's probability that the payment is a fraud")]
-    model: Annotated[str, Meta(description="Name of the model")]
-    bundle: Annotated[str, Meta(description="Version of the bundle that gave it")]
-
 async def _score(request: Request) -> Response:
     state = _ready(request)
     payments, many = state.payments(await read(request, state.limits))
-    try: scores = await asyncio.to_thread(state.scorer.score, payments)
+    try: scored = state.scorer.score(payments)
     except Conflict as e: raise Problem(409, "conflict", str(e), e.field) from None
     except Exception as e: raise _failed(e) from None
-    bundle = state.scorer.bundle
-    scored = [Score(p["payment_id"], s, bundle.model["name"], bundle.version) for p, s in zip(payments, scores, strict=True)]
-    return answer(scored if many else scored[0])
+    answers = [s.answer for s in scored]
+    return answer(answers if many else answers[0])
 
 # %% ../../nbs/70_serving/30_http.ipynb #e4455b65
 class Label(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -234,7 +227,7 @@ class Noted(msgspec.Struct):
 async def _labels(request: Request) -> Response:
     state = _ready(request)
     labels, _ = state.labels(await read(request, state.limits))
-    try: noted = await asyncio.to_thread(state.scorer.report, labels)
+    try: noted = state.scorer.report(labels)
     except Conflict as e: raise Problem(409, "conflict", str(e), e.field) from None
     except Exception as e: raise _failed(e) from None
     return answer(Noted(noted, len(labels) - noted))
@@ -327,7 +320,7 @@ def _results(limits: Limits) -> dict[str, dict]:
     late = {"description": "BentoML ended the request", "content": _content({"type": "object", "properties": {"error": text}})}
     kinds = {"/": "text/html", _ASSETS[0]: "text/css", _ASSETS[1]: "text/javascript"}
     return {path: ok("OK", text, kinds.get(path, "text/plain")) for path in ROUTES} | {
-        "/v1/score": ok("In the order of the payments", _either("Score", limits)) | {"504": late} | _refusals(*_POSTED),
+        "/v1/score": ok("In the order of the payments", _either("Answer", limits)) | {"504": late} | _refusals(*_POSTED),
         "/v1/labels": ok("Noted", {"$ref": "#/components/schemas/Noted"}) | {"504": late} | _refusals(*_POSTED),
         "/v1/model": ok("The card", {"$ref": "#/components/schemas/Model"}) | _refusals(503),
         "/docs.json": ok("OpenAPI 3.1", {"type": "object"}) | _refusals(503),
@@ -337,7 +330,7 @@ def _results(limits: Limits) -> dict[str, dict]:
 # %% ../../nbs/70_serving/30_http.ipynb #6377d303
 def document(bundle: Bundle, limits: Limits = Limits(), secured: bool = False) -> dict:
     "The OpenAPI 3.1 document of the service with `bundle`."
-    types = [payment_type(bundle.fields, bundle.entities), Score, Label, Noted, Model, Refusal]
+    types = [payment_type(bundle.fields, bundle.entities), Answer, Label, Noted, Model, Refusal]
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     results, paths = _results(limits), {}
     for path, (method, about) in ROUTES.items():
