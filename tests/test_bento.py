@@ -122,7 +122,7 @@ LOADS = """
 
     scorer = service.open_scorer(service.HERE)
     payments, _ = payment_reader(scorer.bundle)(json.dumps(example(scorer.bundle)).encode())
-    print(fraudlab.__file__, scorer.score(payments)[0])
+    print(fraudlab.__file__, scorer.score(payments)[0].answer.score)
 """
 
 
