@@ -1,5 +1,8 @@
 """What the service remembers, on every kind of store: all or nothing, by several processes, after labels, and from the offline tables."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -200,7 +203,7 @@ def test_payments_of_one_payer_in_one_list_are_as_one_after_the_other(stepping):
 
 def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, address):  # noqa: F811
     scorer = Scorer(stepping.bundle, address)
-    payments, stepper = stepping.payments[:30].to_dicts(), scorer.state.stepper
+    payments, stepper = stepping.payments[:30].to_dicts(), scorer.stepper
     scored(scorer, payments[:20])
     before, left = everything(scorer), iter(range(9))
 
@@ -209,14 +212,14 @@ def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, 
             raise ArithmeticError
         return stepper.step(memory, row, time)
 
-    scorer.state.stepper = SimpleNamespace(step=step, empty=stepper.empty, size=stepper.size)
+    scorer.stepper = SimpleNamespace(step=step, empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError):
         scored(scorer, payments[20:])
     assert next(left, None) is None
-    scorer.state.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty, size=stepper.size)
+    scorer.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError, match="not a number"):
         scored(scorer, payments[20:21])
-    scorer.state.stepper = stepper
+    scorer.stepper = stepper
     with pytest.raises(Conflict):
         scored(scorer, [*payments[20:], payments[0] | {"amount": 1.0}])
     assert everything(scorer) == before
@@ -382,3 +385,29 @@ def test_a_copy_goes_on_as_the_original_does(world, tmp_path, address):  # noqa:
     with pytest.raises(StoreError, match="is not empty"):
         copy_state(f"sqlite:{tmp_path}/to/copy", f"sqlite:{tmp_path}/to/copy")
     assert sum(map(len, open_store(f"sqlite:{tmp_path}/to/copy").pages())) == len(everything(copied))
+
+
+# ---------------------------------------------------------------- a store that is slow or gone
+
+
+def test_while_the_store_stands_still_payments_are_scored_from_their_own_fields_and_caught_up_later(stepping, redis):  # noqa: F811
+    payments = stepping.payments[:40].to_dicts()
+    alone = Scorer(stepping.bundle, "sqlite::memory:")
+    usual = scored(alone, payments)
+    scorer = Scorer(stepping.bundle, redis.address)
+    assert scored(scorer, payments[:20]) == usual[:20]
+    os.kill(redis.process.pid, signal.SIGSTOP)
+    try:
+        answers = [scorer.score([p])[0].answer for p in payments[20:30]]
+        assert {a.fallback for a in answers} == {"no_state"}
+        new = Scorer(stepping.bundle, "sqlite::memory:")
+        assert [a.score for a in answers[:1]] == scored(new, payments[20:21])  # as if nobody had paid before
+    finally:
+        os.kill(redis.process.pid, signal.SIGCONT)
+    time.sleep(scorer.breaker.pause)
+    scorer.score(payments[30:31])
+    scorer.score(payments[31:32])
+    assert not scorer.missed
+    assert [s.answer for s in scorer.caught_up] == answers
+    assert [x.answer for x in scorer.score(payments[20:30])] == answers  # told as they were
+    np.testing.assert_allclose(scored(scorer, payments[32:]), usual[32:], atol=1e-6)
