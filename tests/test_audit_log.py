@@ -227,7 +227,10 @@ def test_a_checkpoint_that_was_not_finished_is_torn(written, keys):
     content = lines(path)
     whole = b"".join(content)
     for size in (1, 9, 10, 60, len(content[0]) - 140, len(content[0]) - 20):
-        for broken in (content[0] + content[1][:size] + b"".join(content[1:]), whole + content[1][:size]):  # written again after it; or killed
+        for broken in (
+            content[0] + content[1][:size] + b"".join(content[1:]),
+            whole + content[1][:size],
+        ):  # written again after it; or killed
             path.write_bytes(broken)
             report = verify(written, keys.public)
             assert not report.broken
