@@ -35,7 +35,7 @@ class Made(msgspec.Struct, array_like=True):
     features: str          # hash of the feature set, and of how the engine lays out a state
     columns: str           # hash of the columns and what was fitted
     history: int           # T
-    memory: str            # of a model with steps: which model and weights, and how its memory is laid out
+    memory: str            # of a model with steps: which model and weights, unless it has no memory, and how that is laid out
     complete: bool = True  # False while it is being backfilled
 
 pack, seen, made = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Seen).decode, msgspec.msgpack.Decoder(Made).decode
@@ -73,10 +73,11 @@ class State:
     ):
         self.features, self.stepper = FeatureSet.from_dict(bundle.features), bundle.stepper
         self.history = 0 if self.stepper else bundle.history
+        self.past = self.stepper.size if self.stepper else self.history    # bytes, or payments
         self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
-        memory = f"{bundle.memory}, {self.stepper.size} bytes" if self.stepper else ""
+        memory = f"{bundle.memory if self.past else 'any'}, {self.past} bytes" if self.stepper else ""
         self.made = Made(self.engine.hash, text_hash(msgspec.json.encode(bundle.columns).decode()), self.history, memory)
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
@@ -141,7 +142,7 @@ def keys_of(state: State, p: dict) -> list[bytes | None]:
 def _engine_keys(state: State, p: dict) -> list[bytes | None]: return [k and short(k) for k in state.engine.keys(p)]
 def _seen_key(payment_id: str) -> bytes: return short(b"=payment=" + payment_id.encode())
 def _past_key(state: State, payer: str | None) -> bytes | None:
-    if payer is None or not (state.stepper or state.history): return None
+    if payer is None or not state.past: return None
     return short((b"=memory=" if state.stepper else b"=history=") + payer.encode())
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f003
