@@ -23,7 +23,9 @@ from fraudlab.features.stores import StoreError, open_store
 from fraudlab.models.contract import Model, score_all, to_dict
 from fraudlab.models.layers import both_ways
 from fraudlab.models.steps import make_stepper
+from fraudlab.models.walk import make_trees
 from fraudlab.models.zoo.decoder import Decoder
+from fraudlab.models.zoo.forest import Forest
 from fraudlab.serving import state as states
 from fraudlab.serving.scorer import Scorer
 from fraudlab.serving.state import Conflict, State, backfill, copy_state
@@ -103,12 +105,23 @@ def stepping(world):
     return SimpleNamespace(**vars(world) | {"bundle": bundle, "offline": offline})
 
 
+@pytest.fixture(scope="module")
+def trees(world):
+    """The same world, scored by a forest that walks a payment's own row."""
+    model, known = Forest(world.data.columns, trees=20, smallest_leaf=5), world.labels["is_fraud"].to_numpy()[:200]
+    weights = model.fit(world.rows[:200], known)
+    bundle = SimpleNamespace(**vars(world.bundle) | {"stepper": make_trees("forest", model.columns, weights), "memory": "forest 1"})
+    offline = score_all(model, weights, world.data, np.arange(len(world.data)))
+    assert offline.std() > 1e-2
+    return SimpleNamespace(**vars(world) | {"bundle": bundle, "offline": offline})
+
+
 @pytest.fixture
-def way(request, world, stepping):
+def way(request, world, stepping, trees):
     """A world and how near its online scores are to the offline ones, by how its model reads a payer's past."""
     alone = SimpleNamespace(**vars(world.bundle) | {"history": 0, "score": lambda shown: shown.rows.sum((1, 2))})
     rows = SimpleNamespace(**vars(world) | {"bundle": alone, "offline": world.rows.sum(1)})
-    return {"rows": (rows, 1e-4), "windows": (world, 1e-4), "steps": (stepping, 1e-4)}[request.param]
+    return {"rows": (rows, 1e-4), "windows": (world, 1e-4), "steps": (stepping, 1e-4), "trees": (trees, 1e-6)}[request.param]
 
 
 def moment(time) -> datetime:
@@ -134,7 +147,7 @@ def replay(scorer: Scorer, world, start: int, stop: int, most: int = 8) -> list[
     return scores
 
 
-@pytest.mark.parametrize("way", ["rows", "windows", "steps"], indirect=True)
+@pytest.mark.parametrize("way", ["rows", "windows", "steps", "trees"], indirect=True)
 def test_backfilled_and_continued_it_gives_the_offline_scores(way, address):  # noqa: F811
     world, near = way
     half = int(np.searchsorted(world.times, world.times[200]))
@@ -339,6 +352,22 @@ def test_memories_of_another_model_and_older_states_are_refused(stepping, world,
     old.close()
     with pytest.raises(StoreError, match=r"made by another version of fraudlab\. Delete it and backfill"):
         State(world.bundle, f"sqlite:{tmp_path}/old")
+
+
+def test_of_trees_nothing_is_kept_but_scores_and_other_trees_may_go_on(trees, stepping, world, address):  # noqa: F811
+    scorer = Scorer(trees.bundle, address)
+    payments = trees.payments[:40].to_dicts()
+    scores = scorer.score(payments[:20])
+    np.testing.assert_allclose(scores, trees.offline[:20], atol=1e-6)
+    assert not [key for key in everything(scorer) if key.startswith((b"=memory=", b"=history="))]
+    scorer.close()
+    scorer = Scorer(SimpleNamespace(**vars(trees.bundle) | {"memory": "forest 2"}), address)
+    assert scorer.score(payments[:20]) == scores  # sent again
+    np.testing.assert_allclose(scorer.score(payments[20:]), trees.offline[20:40], atol=1e-6)
+    scorer.close()
+    for other in (stepping, SimpleNamespace(bundle=SimpleNamespace(**vars(world.bundle) | {"history": 0}))):
+        with pytest.raises(StoreError, match="are those of another model"):
+            State(other.bundle, address)
 
 
 def test_a_payment_in_another_currency_is_a_conflict_after_a_restart_too(world, address):  # noqa: F811

@@ -39,7 +39,7 @@ class Made(msgspec.Struct, array_like=True):
     features: str          # hash of the feature set, and of how the engine lays out a state
     columns: str           # hash of the columns and what was fitted
     history: int           # T
-    memory: str            # of a model with steps: which model and weights, and how its memory is laid out
+    memory: str            # of a model with steps: which model and weights, unless it has no memory, and how that is laid out
     complete: bool = True  # False while it is being backfilled
 
 pack, seen, made = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Seen).decode, msgspec.msgpack.Decoder(Made).decode
@@ -78,6 +78,7 @@ class State:
     ):
         self.features, self.stepper = FeatureSet.from_dict(bundle.features), bundle.stepper
         self.history = 0 if self.stepper else bundle.history
+        self.past = self.stepper.size if self.stepper else self.history    # bytes, or payments
         self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address, patience)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
@@ -91,7 +92,7 @@ class State:
 def made_for(bundle, engine: str = "") -> Made:
     "What a state of `bundle` is made for; bundles for which that is equal may share one."
     engine, stepper = engine or Online(FeatureSet.from_dict(bundle.features)).hash, bundle.stepper
-    memory = f"{bundle.memory}, {stepper.size} bytes" if stepper and stepper.size else ""
+    memory = f"{bundle.memory if stepper.size else 'any'}, {stepper.size} bytes" if stepper else ""
     return Made(engine, text_hash(msgspec.json.encode(bundle.columns).decode()), 0 if stepper else bundle.history, memory)
 
 COMPARED = ("event_time", "payer_id", "payee_id", "amount")   # two payments that differ in one of these are two
@@ -151,7 +152,7 @@ def keys_of(state: State, p: dict) -> list[bytes | None]:
 def _engine_keys(state: State, p: dict) -> list[bytes | None]: return [k and short(k) for k in state.engine.keys(p)]
 def _seen_key(payment_id: str) -> bytes: return short(b"=payment=" + payment_id.encode())
 def _past_key(state: State, payer: str | None) -> bytes | None:
-    if payer is None or not (state.history or state.stepper and state.stepper.size): return None
+    if payer is None or not state.past: return None
     return short(b"=past=" + payer.encode())
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f003
