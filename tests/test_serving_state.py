@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 from test_stores import address, redis, server  # noqa: F401
+from tiny_bundle import ANSWERS
 
 from fraudlab.features import online
 from fraudlab.features.definitions import FeatureSet, Risk, Window
@@ -81,7 +82,7 @@ def made(n=400, days=60):
     encoding = Encoding.fit(frame[:200], [Column(name) for name in ("amount", *FEATURES.names)])
     data = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
     about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "stepper": None}
-    about |= {"model": {"name": "total"}, "version": "1"}
+    about |= ANSWERS
     bundle, offline = SimpleNamespace(**about, score=total), score_all(Total(data.columns), {}, data, np.arange(n))
     return SimpleNamespace(bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=offline, times=times, data=data)
 
@@ -357,13 +358,13 @@ def test_memories_of_another_model_and_older_states_are_refused(stepping, world,
 def test_of_trees_nothing_is_kept_but_scores_and_other_trees_may_go_on(trees, stepping, world, address):  # noqa: F811
     scorer = Scorer(trees.bundle, address)
     payments = trees.payments[:40].to_dicts()
-    scores = scorer.score(payments[:20])
+    scores = scored(scorer, payments[:20])
     np.testing.assert_allclose(scores, trees.offline[:20], atol=1e-6)
-    assert not [key for key in everything(scorer) if key.startswith((b"=memory=", b"=history="))]
+    assert not [key for key in everything(scorer) if key.startswith(b"=past=")]
     scorer.close()
     scorer = Scorer(SimpleNamespace(**vars(trees.bundle) | {"memory": "forest 2"}), address)
-    assert scorer.score(payments[:20]) == scores  # sent again
-    np.testing.assert_allclose(scorer.score(payments[20:]), trees.offline[20:40], atol=1e-6)
+    assert scored(scorer, payments[:20]) == scores  # sent again
+    np.testing.assert_allclose(scored(scorer, payments[20:]), trees.offline[20:40], atol=1e-6)
     scorer.close()
     for other in (stepping, SimpleNamespace(bundle=SimpleNamespace(**vars(world.bundle) | {"history": 0}))):
         with pytest.raises(StoreError, match="are those of another model"):
