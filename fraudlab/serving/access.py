@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'SCOPES', 'ROUTES', 'NAME', 'DAYS', 'LEEWAY', 'DEFAULT', 'LOCAL', 'CIPHERS', 'Principal', 'Denied',
            'Credential', 'Limit', 'Issuer', 'Credentials', 'read_credentials', 'add_key', 'rotate_key', 'revoke',
-           'trust', 'set_limit', 'shown', 'key_set', 'Verifier', 'Limiter', 'loopback', 'check_address', 'Passes',
-           'too_often', 'credentials_path', 'Access', 'tls_options', 'tls_arguments']
+           'trust', 'set_limit', 'shown', 'key_set', 'Verifier', 'Limiter', 'loopback', 'check_address', 'too_often',
+           'Verified', 'Passes', 'check_route', 'check_key', 'credentials_path', 'Access', 'tls_options',
+           'tls_arguments']
 
-# %% ../../nbs/70_serving/05_access.ipynb #cf13de4e
+# %% ../../nbs/70_serving/05_access.ipynb #24c6e9bc
 import base64
 import hashlib
 import ipaddress
@@ -26,6 +27,7 @@ from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
+from joserfc import errors, jwk, jws, jwt
 from msgspec import Meta
 
 from ..core.errors import refuse_unknown
@@ -105,7 +107,7 @@ def read_credentials(path: Path) -> Credentials:
     for key in found.keys: refuse_unknown(key.scopes, SCOPES, f"scope (key {key.id} of {path})")
     return found
 
-# %% ../../nbs/70_serving/05_access.ipynb #5b98c70b
+# %% ../../nbs/70_serving/05_access.ipynb #04248685
 DAYS = 365    # that a key is good for, unless said otherwise
 
 @contextmanager
@@ -119,7 +121,7 @@ def _change(path: Path) -> Iterator[Credentials]:
 def _add(found: Credentials, principal: str, scopes: list[str], days: float) -> str:
     refuse_unknown(scopes, SCOPES, "scope")
     if not re.fullmatch(NAME, principal):
-        raise ValueError(f"'{principal}' is no name for a principal: small letters, digits, . _ and -, at most 64, a letter or digit first.")
+        raise ValueError(f"'{principal}' is no name for a principal: at most 64 of small letters, digits, . _ and -, no sign first.")
     secret, now = f"fraudlab_{secrets.token_urlsafe(32)}", datetime.now(UTC).replace(microsecond=0)
     found.keys.append(Credential(principal, hashlib.sha256(secret.encode()).hexdigest(), scopes, now, now + timedelta(days=days)))
     return secret
@@ -174,77 +176,72 @@ def shown(headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
         with suppress(ValueError): return base64.b64decode(value, validate=True).partition(b":")[2], False
     raise _unknown()
 
-# %% ../../nbs/70_serving/05_access.ipynb #dc3cc2e3
+# %% ../../nbs/70_serving/05_access.ipynb #d4c665f4
 _CURVES = {"Ed25519": "Ed25519", "P-256": "ES256"}
 
-def _algorithm(jwk: dict, where: str) -> str:
+def _algorithm(key: dict, where: str) -> str:
     "The one algorithm that a key is good for, empty if it is none of ours; raises `ValueError` for a key that is not public."
-    if not isinstance(jwk, dict): raise ValueError(f"{where} is not an object: a JWK set is {{\"keys\": [{{…}}]}}.")
-    if "d" in jwk or jwk.get("kty") == "oct": raise ValueError(f"{where} is a secret one. Take it out: the service needs public keys only.")
-    found = "RS256" if jwk.get("kty") == "RSA" else _CURVES.get(jwk.get("crv"), "")
-    told = "Ed25519" if jwk.get("alg") == "EdDSA" else jwk.get("alg", found)
-    return found if told == found and jwk.get("use", "sig") == "sig" else ""
+    if not isinstance(key, dict): raise ValueError(f"{where} is not an object: a JWK set is {{\"keys\": [{{…}}]}}.")
+    if "d" in key or key.get("kty") == "oct": raise ValueError(f"{where} is a secret one. Take it out: the service needs public keys only.")
+    found = "RS256" if key.get("kty") == "RSA" else _CURVES.get(key.get("crv"), "")
+    told = "Ed25519" if key.get("alg") == "EdDSA" else key.get("alg", found)
+    return found if told == found and key.get("use", "sig") == "sig" else ""
 
-def key_set(path: Path) -> dict:
+# %% ../../nbs/70_serving/05_access.ipynb #73bc886e
+def key_set(path: Path) -> dict[str, jwk.Key]:
     "Public keys by `kid` from a file with a JWK set; raises `OSError`, or `ValueError`. Keys for other uses are left out, and logged."
-    from joserfc.jwk import import_key
     try: found, keys = msgspec.json.decode(path.read_bytes(), type=dict[str, list])["keys"], {}
     except (msgspec.DecodeError, KeyError) as e: raise ValueError(f"{path} is not a JWK set: {e}. It is {{\"keys\": [{{…}}]}}.") from None
-    for i, jwk in enumerate(found):
+    for i, key in enumerate(found):
         where = f"Key {i} of {path}"
-        algorithm, kid = _algorithm(jwk, where), jwk.get("kid")
+        algorithm, kid = _algorithm(key, where), key.get("kid")
         if not isinstance(kid, str) or kid in keys: raise ValueError(f"{where} has no `kid` of its own: tokens name their key by it.")
         if not algorithm: log.info("%s is for another use, and is left out.", where)
-        else: keys[kid] = _imported(import_key, jwk | {"alg": algorithm}, where)
+        else: keys[kid] = _imported(key | {"alg": algorithm}, where)
     if not keys: raise ValueError(f"{path} has no key for Ed25519, ES256 or RS256.")
     return keys
 
-def _imported(import_key: Callable, jwk: dict, where: str):
-    try: key = import_key(jwk)
+def _imported(key: dict, where: str) -> jwk.Key:
+    try: found = jwk.import_key(key)
     except Exception as e: raise ValueError(f"{where} cannot be read ({type(e).__name__}).") from None
-    bits = key.public_key.key_size if jwk["kty"] == "RSA" else 2048
+    bits = found.public_key.key_size if key["kty"] == "RSA" else 2048
     if bits < 2048: raise ValueError(f"{where} has {bits} bits: RSA needs 2048.")
-    return key
+    return found
 
-# %% ../../nbs/70_serving/05_access.ipynb #6bb8f047
+# %% ../../nbs/70_serving/05_access.ipynb #eb84e034
 LEEWAY = 30    # seconds that clocks may differ by
-_SUB = re.compile(r"[!-~]{1,128}")
+_SUB, _TYPES = re.compile(r"[!-~]{1,128}"), ("jwt", "at+jwt", "application/at+jwt", "application/jwt")
 
+class _Registry(jws.JWSRegistry):
+    def get_alg(self, name): return super().get_alg("Ed25519" if name == "EdDSA" else name)
+
+_ALGORITHMS = _Registry(algorithms=["Ed25519", "ES256", "RS256"], strict_check_header=False)    # what else a header says means nothing
+
+# %% ../../nbs/70_serving/05_access.ipynb #0de69d09
 class Verifier:
-    "Tells who signed a JWT, for whom: `issuer` is believed, by the keys beside the file at `path`."
+    "Tells who shows a JWT: `issuer` is believed, by the keys that lie where the file at `path` says."
 
     def __init__(self, issuer: Issuer, path: Path, now: Callable[[], float] = time.time):
-        from joserfc.jws import JWSRegistry
-        from joserfc.jwt import JWTClaimsRegistry
-
-        class Registry(JWSRegistry):
-            def get_alg(self, name): return super().get_alg("Ed25519" if name == "EdDSA" else name)
-
-        required = {"exp": {"essential": True}, "sub": {"essential": True}}
         self.now, self.keys = now, key_set(path.parent / issuer.jwks)
-        self.registry = Registry(algorithms=["Ed25519", "ES256", "RS256"], strict_check_header=False)
-        self.claims = JWTClaimsRegistry(lambda: now(), LEEWAY, **required, iss={"essential": True, "value": issuer.issuer},
-                                        aud={"essential": True, "value": issuer.audience})
+        exactly = {"iss": {"essential": True, "value": issuer.issuer}, "aud": {"essential": True, "value": issuer.audience}}
+        self.rules = jwt.JWTClaimsRegistry(lambda: now(), LEEWAY, **exactly, exp={"essential": True}, sub={"essential": True})
 
     def __call__(self, token: bytes) -> tuple[Principal, float]:
-        "Who shows `token`, and until when it may; raises `Denied`."
-        from joserfc.errors import JoseError
-        from joserfc.jwt import decode
-        try: return self._read(decode(token, lambda of: self.keys[of.headers()["kid"]], registry=self.registry))
-        except JoseError as e: reason = f"{e.error} {getattr(e, 'claim', '')}".strip()    # no text of the token's
+        "Who shows `token`, and until when it may (Unix seconds); raises `Denied`."
+        try: return self._read(jwt.decode(token, lambda of: self.keys[of.headers()["kid"]], registry=_ALGORITHMS))
+        except errors.JoseError as e: reason = f"{e.error} {getattr(e, 'claim', '')}".strip()    # no text of the token's
         except Exception as e: reason = type(e).__name__    # whatever a stranger's bytes do to a parser
         raise _unknown("invalid_token", f"The JWT is refused ({reason}). Ask its issuer for another.", "invalid_token")
 
-    def _read(self, token) -> tuple[Principal, float]:
-        from joserfc.errors import ExpiredTokenError, InvalidClaimError
-        claims = token.claims
-        self.claims.validate(claims)
-        if claims["exp"] <= self.now(): raise ExpiredTokenError("exp")
-        if token.header.get("typ", "JWT").lower().removeprefix("application/") not in ("jwt", "at+jwt"): raise InvalidClaimError("typ")
-        if not _SUB.fullmatch(claims["sub"]) or looks_like_card(claims["sub"]): raise InvalidClaimError("sub")
+    def _read(self, token: jwt.Token) -> tuple[Principal, float]:
+        claims, kind = token.claims, token.header.get("typ", "JWT")
+        self.rules.validate(claims)
+        if claims["exp"] <= self.now(): raise errors.ExpiredTokenError("exp")
+        if kind.lower() not in _TYPES: raise errors.InvalidClaimError("typ")
+        if not _SUB.fullmatch(claims["sub"]) or looks_like_card(claims["sub"]): raise errors.InvalidClaimError("sub")
         return Principal(f"jwt:{claims['sub']}", frozenset(claims.get("scope", "").split()) & set(SCOPES)), claims["exp"]
 
-# %% ../../nbs/70_serving/05_access.ipynb #0f540fc3
+# %% ../../nbs/70_serving/05_access.ipynb #e12d7332
 class Limiter:
     "Token buckets of at most `size` principals."
 
@@ -263,7 +260,7 @@ class Limiter:
             del full[oldest]
         at = max(full.pop(name, now), now)
         wait = at + (min(cost, limit.burst) - limit.burst) / limit.rate - now
-        late = wait > 1e-9    # less is rounding
+        late = wait > 1e-6    # less is rounding
         full[name] = at if late else at + cost / limit.rate    # last in the order of use
         return wait if late else 0.
 
@@ -303,7 +300,28 @@ def _passes(found: Credentials) -> dict[bytes, _Pass]:
         return _Pass(Principal(key.principal, frozenset(key.scopes)), key.not_before.timestamp(), key.expires.timestamp())
     return {bytes.fromhex(key.sha256): opens(key) for key in found.keys}
 
-# %% ../../nbs/70_serving/05_access.ipynb #a983460a
+# %% ../../nbs/70_serving/05_access.ipynb #f05dc1e7
+def too_often(wait: float) -> Denied:
+    return Denied(429, "too_often", f"Too many requests: wait {wait:.3f} seconds.", {"retry-after": str(math.ceil(wait))})
+
+# %% ../../nbs/70_serving/05_access.ipynb #ffd5fb50
+class Verified:
+    "Remembers by their SHA-256 the JWTs that `verify` lets through; of too many forgets those that were shown least lately."
+
+    def __init__(self, verify: Callable[[bytes], tuple[Principal, float]], limiter: Limiter):
+        self.verify, self.limiter, self.seen = verify, limiter, {}
+
+    def __call__(self, token: bytes, digest: bytes) -> _Pass:
+        found = self.seen.pop(digest, None)
+        if found is None:
+            if wait := self.limiter.wait("", _STRANGERS): raise too_often(wait)
+            principal, end = self.verify(token)
+            found = _Pass(principal, 0., end)
+            if len(self.seen) >= _REMEMBERED: del self.seen[next(iter(self.seen))]
+        self.seen[digest] = found    # last in the order of use
+        return found
+
+# %% ../../nbs/70_serving/05_access.ipynb #18741180
 class Passes:
     "What secrets open: by the file at `path`, if there is one, and `api_key`. Kept are their hashes only."
 
@@ -317,46 +335,46 @@ class Passes:
         stamps = [stamp(file) for file in self._files]
         if stamps == self._stamps: return
         self._stamps = stamps
-        found, verify = read_credentials(self.path) if self.path else Credentials(), None
+        found, verified = read_credentials(self.path) if self.path else Credentials(), None
         if found.issuer:
             jwks = self.path.parent / found.issuer.jwks
-            stamps, verify = [stamps[0], stamp(jwks)], Verifier(found.issuer, self.path, self.now)
+            stamps, verified = [stamps[0], stamp(jwks)], Verified(Verifier(found.issuer, self.path, self.now), self.limiter)
             self._files, self._stamps = [self.path, jwks], stamps
-        self.credentials, self.verify, self.keys, self.tokens = found, verify, self._own | _passes(found), {}
+        self.credentials, self.verified, self.keys = found, verified, self._own | _passes(found)
 
-    def open(self,
-        secret: bytes,
-        jwt: bool,      # whether it may be one
-    ) -> Principal:
+    def open(self, secret: bytes, is_bearer: bool) -> Principal:
         "Who shows `secret`; raises `Denied` if it opens nothing, or nothing now."
         digest = _digest(secret)
         found = self.keys.get(digest)
-        if found is None and jwt and self.verify and secret.count(b".") == 2: found = self._token(secret, digest)
+        if found is None and is_bearer and self.verified and secret.count(b".") == 2: found = self.verified(secret, digest)
         if found is None: raise _unknown()
-        if not found.start <= self.now() < found.end:
-            raise _unknown("expired", "The key or token has expired, or is not valid yet. Show the next one.", "invalid_token")
-        return found.principal
+        if found.start <= self.now() < found.end: return found.principal
+        raise _unknown("expired", "The key or token has expired, or is not valid yet. Show the next one.", "invalid_token")
 
-    def _token(self, token: bytes, digest: bytes) -> _Pass:
-        found = self.tokens.pop(digest, None)
-        if found is None:
-            if wait := self.limiter.wait("", _STRANGERS): raise too_often(wait)
-            principal, end = self.verify(token)
-            found = _Pass(principal, 0., end)
-            if len(self.tokens) >= _REMEMBERED: del self.tokens[next(iter(self.tokens))]
-        self.tokens[digest] = found    # last in the order of use
-        return found
+# %% ../../nbs/70_serving/05_access.ipynb #d4c324cf
+def check_route(routes: Mapping[str, Mapping[str, str]], principal: Principal, path: str, method: str):
+    "Raise `Denied` unless `routes` has `method` of `path`, and `principal` the scope that it takes."
+    methods = routes.get(path)
+    if methods is None: raise Denied(404, "not_found", f"There are: {', '.join(routes)}.")
+    scope = methods.get(method)
+    if scope is None: raise Denied(405, "method_not_allowed", f"Use {' or '.join(methods)}.", {"allow": ", ".join(methods)})
+    if scope and scope not in principal.scopes:
+        raise Denied(403, "wrong_scope", f"This takes the scope '{scope}', which '{principal.name}' does not have.",
+                     {"www-authenticate": f'Bearer realm="fraudlab", error="insufficient_scope", scope="{scope}"'})
 
-# %% ../../nbs/70_serving/05_access.ipynb #77f69e38
-def too_often(wait: float) -> Denied:
-    return Denied(429, "too_often", f"Too many requests: wait {wait:.3f} seconds.", {"retry-after": str(math.ceil(wait))})
+# %% ../../nbs/70_serving/05_access.ipynb #93e9e7cd
+def check_key(api_key: str):
+    "Raise `ValueError` for a key for all that can be guessed."
+    if api_key and len(api_key) < 16:
+        raise ValueError(f"The API key has {len(api_key)} characters; at least 16 are needed. Make one: "
+                         "python -c 'import secrets; print(secrets.token_urlsafe(32))', and set it as FRAUDLAB_API_KEY.")
 
 def credentials_path() -> Path:
     "The file of credentials: the one of the settings, or `access.json` in the folder of keys."
     s = settings()
     return s.root / (s.access or s.keys / "access.json")
 
-# %% ../../nbs/70_serving/05_access.ipynb #5b0bab38
+# %% ../../nbs/70_serving/05_access.ipynb #eac0312d
 class Access:
     "The door: `enter` tells who asks, or raises `Denied`."
 
@@ -367,9 +385,7 @@ class Access:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ):
-        if api_key and len(api_key) < 16:
-            raise ValueError(f"The API key has {len(api_key)} characters; at least 16 are needed. Make one: "
-                             "python -c 'import secrets; print(secrets.token_urlsafe(32))', and set it as FRAUDLAB_API_KEY.")
+        check_key(api_key)
         self.routes, self.clock, self.limiter, self._look = routes, clock, Limiter(clock), clock() + 1
         self.secured = bool(path or api_key)    # whether callers need a secret
         self.passes = Passes(path, api_key, now, self.limiter)
@@ -395,13 +411,7 @@ class Access:
 
     def check(self, principal: Principal, path: str, method: str):
         "Raise `Denied` unless there is such a route, and `principal` has its scope."
-        methods = self.routes.get(path)
-        if methods is None: raise Denied(404, "not_found", f"There are: {', '.join(self.routes)}.")
-        scope = methods.get(method)
-        if scope is None: raise Denied(405, "method_not_allowed", f"Use {' or '.join(methods)}.", {"allow": ", ".join(methods)})
-        if scope and scope not in principal.scopes:
-            raise Denied(403, "wrong_scope", f"This takes the scope '{scope}', which '{principal.name}' does not have.",
-                         {"www-authenticate": f'Bearer realm="fraudlab", error="insufficient_scope", scope="{scope}"'})
+        check_route(self.routes, principal, path, method)
 
     def limit(self, principal: Principal, cost: float = 1.) -> float:
         "Seconds that `principal` must wait; 0: go on."
