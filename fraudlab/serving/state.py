@@ -87,6 +87,10 @@ class State:
         _claim(self)
         _compile(self)
 
+    def seen_any(self) -> bool:
+        "Whether it has seen a payment."
+        return any(self.store.pages(b"=payment=", 100))
+
     def close(self): self.store.close()
 
 def made_for(bundle, engine: str = "") -> Made:
