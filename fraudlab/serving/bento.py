@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['chosen', 'state_address', 'in_lab', 'folder_of', 'entity_tokens', 'open_scorer', 'open_rollout', 'check_start',
-           'serve_command', 'serve', 'started', 'running', 'free_port', 'serving_lock', 'package_bento']
+           'tracer_provider', 'serve_command', 'serve', 'started', 'running', 'free_port', 'serving_lock',
+           'package_bento']
 
 # %% ../../nbs/70_serving/40_bento.ipynb #622a5e6d
 import os
@@ -104,6 +105,12 @@ def check_start(service: Path):
         check_address(str(host), Access.from_settings().secured)
         verify(*chosen(service))
     except (ValueError, OSError) as e: raise SystemExit(str(e)) from None
+
+# %% ../../nbs/70_serving/40_bento.ipynb #64b4266d
+def tracer_provider():
+    "BentoML's tracer provider, if its `tracing` is configured; None: it is not. Call it when the service's name is known."
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    return BentoMLContainer.tracer_provider.get() if BentoMLContainer.tracing.exporter_type.get() else None
 
 # %% ../../nbs/70_serving/40_bento.ipynb #35da131d
 def serve_command(

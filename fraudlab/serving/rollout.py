@@ -24,6 +24,7 @@ from xxhash import xxh64_intdigest
 
 from ..core.runs import write_text
 from ..governance.audit_log import AuditError
+from .observability import AUDIT, PLANS, SHADOWED, count_answer, count_scored, mark, of, tell_serving
 from .scorer import PATIENCE, Answer, Scored, Scorer
 from .state import Conflict, State
 
@@ -131,7 +132,10 @@ class Rollout:
         if self.now.plan.killed: scored = [self._ruled(p) for p in payments]
         elif self.now.plan.canary: scored = [self._split(p, explain) for p in payments]
         else: scored = self.now.champion.score(payments, explain)
+        mark("score")
         self._record([record("answer" if s.look or s.answer.fallback else "repeat", s, caller) for s in scored])
+        mark("audit")
+        count_scored(scored)
         if self.now.challenger or self.now.plan.killed: self._shadow(payments, scored, caller)
         for s in scored: s.answer.request_id = caller.request_id
         return [s.answer for s in scored]
@@ -167,7 +171,11 @@ class Rollout:
 def _flush(self: Rollout):
     "Log what could not be logged before; raises `AuditError` while it cannot."
     while self.unlogged:
-        self.log.append(self.unlogged[0])
+        try: self.log.append(self.unlogged[0])
+        except AuditError:
+            of(AUDIT, "failed").inc()
+            raise
+        of(AUDIT, "written").inc()
         self.unlogged.popleft()
 
 def _record(self: Rollout, records: list[Record]):
@@ -204,6 +212,7 @@ def _roll_back(self: Rollout, why: str):
     self.now = self.now._replace(plan=plan)
     write_plan(self.path, plan)
     log.error("The canary of %s was rolled back: %s.", plan.challenger, why)
+    of(PLANS, "rolled_back").inc()
     self.unlogged.append(Record("plan", _now(), about=msgspec.to_builtins(plan)))
 
 def _ruled(self: Rollout, p: dict) -> Scored:
@@ -231,14 +240,20 @@ def _shadow(self: Rollout, payments: list[dict], scored: list[Scored], caller: C
     while len(self.shadows) > SHADOWS:
         self.shadows.popleft()
         self.dropped += 1
+        of(SHADOWED, "dropped").inc()
 
 def shadow_one(self: Rollout) -> bool:
     "Score one payment in the shadow; whether there was one."
     if not self.shadows: return False
     scorer, p, s, caller = self.shadows.popleft()
     try: told = scorer.again(s.look) if s.look and s.look.of is scorer.state else scorer.score([p], explain=False)[0].answer
-    except Exception as e: log.error("Scoring in the shadow failed: %s.", type(e).__name__)
-    else: self.unlogged.append(Record("shadow", _now(), *caller, {"payment_id": p["payment_id"]}, answer=told))
+    except Exception as e:
+        log.error("Scoring in the shadow failed: %s.", type(e).__name__)
+        of(SHADOWED, "failed").inc()
+    else:
+        self.unlogged.append(Record("shadow", _now(), *caller, {"payment_id": p["payment_id"]}, answer=told))
+        of(SHADOWED, "scored").inc()
+        count_answer(told, "shadow")
     return True
 
 Rollout._shadow, Rollout.shadow_one = _shadow, shadow_one
@@ -267,6 +282,8 @@ def begin(self: Rollout, serving: Serving, caller: Caller = Caller()):
     if before:
         for scorer in (before.champion, before.challenger):
             if scorer: self.let_go(scorer)
+    of(PLANS, "begun").inc()
+    tell_serving(serving.champion.bundle, serving.challenger and serving.challenger.bundle)
     self._record([Record("plan", _now(), *caller, about=msgspec.to_builtins(serving.plan))])
 
 Rollout.prepare, Rollout.begin = prepare, begin

@@ -28,9 +28,10 @@ from ..features.stores import StoreError
 from ..governance import policy as policies
 from ..governance.policy import Decision
 from .bundle import tokens_of
+from .observability import mark
 from .reasons import Explained, Reasons
-from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, memory_of, note_answer, once, past_of,
-                                    report, rows_before, sweep, take, update)
+from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, knows_payer, memory_of, note_answer, once,
+                                    past_of, report, rows_before, sweep, take, update)
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -173,6 +174,7 @@ class Look(NamedTuple):
     past: Past            # its payer's, before it
     score: float | None   # of a model with steps
     of: State             # that remembers it
+    known: bool = False   # whether anything was remembered of its payer
 
 def shown(bundle, look: Look, dtype: np.dtype) -> Inputs:
     "What a model without steps is shown of a payment, without the dimension `B`."
@@ -205,9 +207,11 @@ def _find(self: Scorer, held: Held, p: dict, q: dict) -> Scored | Look:
 
 def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Look:
     "Features, row and past of the payment `p`, with tokens `q`; a new one is then remembered, one that was back-filled is already."
-    values, past = take(self.state, dict(held) if before else held, q), past_of(self.state, held, q)
+    past = past_of(self.state, held, q)
+    knew = knows_payer(self.state, held, q, past)
+    values = take(self.state, dict(held) if before else held, q)
     row = self.encoding.encode_one(p | dict(zip(self.state.features.names, values.tolist(), strict=True)))
-    look = Look(q, microseconds(p["event_time"]), row, past, before and before.score, self.state)
+    look = Look(q, microseconds(p["event_time"]), row, past, before and before.score, self.state, knew)
     if before: return look
     if not self.stepper:
         keep_row(self.state, held, q, past, row)
@@ -219,7 +223,9 @@ def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Lo
 def _answer(self: Scorer, held: Held, look: Look, score: float, explain: bool, fallback: str) -> Scored:
     answer, parts = self.tell(look, score, fallback), None
     if explain:
+        mark("score")
         told = self._explained(look)
+        mark("explain")
         answer.reasons, parts = [Reason(**r) for r in told.reasons], {"base": told.base} | told.contributions
     note_answer(self.state, held, look.payment, encode_answer(answer))
     return Scored(answer, look.payment, look, parts)

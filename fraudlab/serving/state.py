@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
            'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'update', 'keys_of', 'known',
-           'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row', 'report',
-           'once', 'sweep', 'backfill', 'copy_state']
+           'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before', 'keep_memory',
+           'keep_row', 'report', 'once', 'sweep', 'backfill', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
@@ -200,6 +200,11 @@ class Past(NamedTuple):
 def past_of(state: State, held: Held, p: dict) -> Past:
     blob = held.get(_past_key(state, p["payer_id"]))
     return Past(int.from_bytes(blob[:COUNT], "little"), blob[COUNT:]) if blob else Past(0, b"")
+
+def knows_payer(state: State, held: Held, p: dict, past: Past) -> bool:
+    "Whether anything is remembered of the payer of payment `p`, which is not taken yet, and has this `past`."
+    if state.past: return bool(past.n or past.blob)
+    return any(held.get(k) for k, parts in zip(_engine_keys(state, p), state.engine.parts, strict=True) if parts == ["payer_id"])
 
 def memory_of(stepper, past: Past) -> np.ndarray:
     "A stepper's memory that it may write to, uint8 [size]."
