@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -357,7 +358,7 @@ def test_a_request_is_a_span_with_its_stages_as_children(service, spans):
     *children, whole = spans.get_finished_spans()
     assert [s.name for s in children] == ["read", "decode", "queue", "score", "audit", "encode", "send"]
     assert {s.parent.span_id for s in children} == {whole.context.span_id}
-    assert all(a.end_time == b.start_time for a, b in zip(children, children[1:], strict=False)), "one ends where the next begins"
+    assert all(a.end_time == b.start_time for a, b in pairwise(children)), "one ends where the next begins"
     assert (whole.name, whole.kind) == ("POST /v1/score", trace.SpanKind.SERVER)
     assert f"{whole.context.trace_id:032x}" == TRACE
     assert f"{whole.parent.span_id:016x}" == "b7ad6b7169203331"
