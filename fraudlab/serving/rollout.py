@@ -72,7 +72,7 @@ def broken_guardrail(champion: Tally, challenger: Tally) -> str:
     slow = math.exp(challenger.log_seconds / m - champion.log_seconds / n)
     return f"the challenger takes {slow:.1f} times as long as the champion" if slow > SLOWER else ""
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #00ce06c2
+# %% ../../nbs/70_serving/25_rollout.ipynb #dcb142fc
 class Caller(NamedTuple):
     "Who asked, in which request."
     request_id: str = ""
@@ -98,7 +98,7 @@ def record(kind: str, s: Scored, caller: Caller) -> Record:
     "What is logged of a scored payment."
     if s.look is None:
         return Record(kind, _now(), *caller, {"payment_id": s.answer.payment_id}, answer=s.answer)
-    n, blob = s.look.past
+    n, _, blob = s.look.past
     anchor = _base64(zlib.compress(blob, 1)) if n == 0 and blob else ""
     return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), n, anchor, s.parts, s.answer)
 
