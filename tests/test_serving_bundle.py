@@ -193,17 +193,27 @@ def test_a_model_that_no_program_can_be_shown_enough_for_is_refused(tmp_path):
         write(tmp_path / "long", Linear(history=EVERYTHING), tiny_weights(), private_key=keys.private, **PARTS)
 
 
+def with_steps(name, tmp_path_factory):
+    """A model's bundle, and its keys."""
+    lab = tmp_path_factory.mktemp(name)
+    _, model, weights = fresh(name)
+    keys = create_key(lab / "keys")
+    return write(lab / name, model, weights, private_key=keys.private, **PARTS), keys
+
+
 @pytest.fixture(scope="module")
 def stepping(tmp_path_factory):
-    """A decoder's bundle, and its keys."""
-    lab = tmp_path_factory.mktemp("stepping")
-    _, model, weights = fresh("decoder")
-    keys = create_key(lab / "keys")
-    return write(lab / "decoder", model, weights, private_key=keys.private, **PARTS), keys
+    return with_steps("decoder", tmp_path_factory)
 
 
-def test_a_bundle_with_steps_carries_the_whole_pass_instead_of_buckets(stepping):
-    folder, keys = stepping
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    return with_steps("boosted", tmp_path_factory)
+
+
+@pytest.mark.parametrize("way", ["stepping", "trees"])
+def test_a_bundle_with_steps_carries_the_whole_pass_instead_of_buckets(way, request):
+    folder, keys = request.getfixturevalue(way)
     assert {p.name for p in folder.iterdir()} == {"score_whole.stablehlo", *FILES} - {"score_1.stablehlo", "score_8.stablehlo"}
     bundle = load(folder, keys.public)
     assert (bundle.buckets, bundle.functions, len(bundle.memory)) == ([], {}, 64)
@@ -219,6 +229,14 @@ def test_steps_that_give_other_scores_than_the_signed_program_are_refused(steppi
 
     monkeypatch.setattr(bundles, "make_stepper", nudged)
     with pytest.raises(Refused, match=r"The steps of 'decoder' differ by .* from score_whole\.stablehlo"):
+        load(folder, keys.public)
+
+
+def test_trees_that_give_other_scores_than_the_signed_program_are_refused(trees, monkeypatch):
+    folder, keys = trees
+    make = bundles.make_stepper
+    monkeypatch.setattr(bundles, "make_stepper", lambda n, o, c, weights: make(n, o, c, weights | {"value": 1.01 * weights["value"]}))
+    with pytest.raises(Refused, match=r"The steps of 'boosted' differ by .* from score_whole\.stablehlo"):
         load(folder, keys.public)
 
 
@@ -254,7 +272,8 @@ LOADS = """
     import sys
     class Blocked:
         def find_spec(self, name, path=None, target=None):
-            models = name.startswith("fraudlab.models.") and name not in ("fraudlab.models.int8", "fraudlab.models.steps")
+            needed = ["fraudlab.models." + one for one in ("int8", "stepper", "steps", "walk")]
+            models = name.startswith("fraudlab.models.") and name not in needed
             if models or name.startswith(("flax", "optax", "orbax", "sklearn", "lightgbm", "mlflow", "fraudlab.training")):
                 raise ImportError(f"{name} must not be needed")
     sys.meta_path.insert(0, Blocked())
@@ -267,17 +286,17 @@ LOADS = """
 """
 
 
-@pytest.mark.parametrize("way", ["made", "stepping"])
+@pytest.mark.parametrize("way", ["made", "stepping", "trees"])
 def test_loading_needs_neither_flax_nor_the_models_code_nor_pickle(way, request):
     folder, keys = request.getfixturevalue(way)
     command = [sys.executable, "-c", textwrap.dedent(LOADS), str(folder), str(keys.public)]
     command += ["load", "loads", "Unpickler"] if way == "made" else []  # numba, which compiles the steps, pickles its own machine code
     done = subprocess.run(command, capture_output=True, text=True)
-    model, columns = {"made": ("linear", len(COLUMNS)), "stepping": ("decoder", 3)}[way]
+    model, columns = {"made": ("linear", len(COLUMNS)), "stepping": ("decoder", 3), "trees": ("boosted", 3)}[way]
     assert done.stdout.split() == [folder.name, model, str(columns)], done.stderr
 
 
-@pytest.mark.parametrize("way", ["made", "stepping"])
+@pytest.mark.parametrize("way", ["made", "stepping", "trees"])
 def test_no_file_of_a_bundle_is_a_pickle_or_tells_where_it_was_made(way, request):
     folder, _ = request.getfixturevalue(way)
     for path in folder.iterdir():

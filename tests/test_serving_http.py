@@ -4,12 +4,12 @@ import asyncio
 import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jsonschema
@@ -18,16 +18,24 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from tiny_bundle import FIELDS, tiny_bundle
 
+from fraudlab.governance.audit_log import AuditLog
+from fraudlab.governance.signing import create_key, find_keys
+from fraudlab.serving.access import ROUTES, Access
 from fraudlab.serving.bento import free_port, running, serve_command, started
 from fraudlab.serving.bundle import example, load
-from fraudlab.serving.http import OPEN, ROUTES, Guard, KnownPaths, Problem, application, document, payment_reader
+from fraudlab.serving.http import Limits, Problem, payment_reader
+from fraudlab.serving.openapi import OPEN, document
+from fraudlab.serving.rollout import Plan, Rollout
 from fraudlab.serving.scorer import Scorer
+from fraudlab.serving.service import Door, Service
 
 ROOT = Path(__file__).parents[1]
 KEY = "a key for the tests, long enough"
+METHODS = [(method, path) for path, methods in ROUTES.items() for method in methods]
 CANARY = "4111111111111111"
 JSON = {"content-type": "application/json"}
 
@@ -54,13 +62,19 @@ class Answer(NamedTuple):
         return self.status, self.json["error"]["code"], self.json["error"]["field"]
 
 
+def in_folder(lab: Path) -> dict[str, str]:
+    """Settings of a lab whose service is the repository's and whose data are in a folder of their own."""
+    return {"FRAUDLAB_ROOT": str(ROOT), "FRAUDLAB_DATA": f"{lab}/data", "FRAUDLAB_KEYS": f"{lab}/keys", "FRAUDLAB_BUNDLES": f"{lab}"}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     lab = tmp_path_factory.mktemp("lab")
     folder, keys = tiny_bundle(lab)
     with ExitStack() as running:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("FRAUDLAB_ROOT", str(ROOT))
+            for name, value in in_folder(lab).items():
+                patch.setenv(name, value)
             patch.setenv("FRAUDLAB_API_KEY", KEY)
             address = running.enter_context(started(folder, public_key=keys.public, state=f"lmdb:{lab}/state.lmdb", log=lab / "log"))
         yield Server(int(address.rpartition(":")[2]), lab / "log", load(folder, keys.public), folder, keys.public)
@@ -105,7 +119,8 @@ def test_one_payment_and_lists_get_the_scores_of_a_scorer_of_their_own(server, t
     ]
     one = post(server, payments[0])
     assert one.status == 200
-    assert list(one.json) == ["payment_id", "score", "model", "bundle", "fallback"]
+    named = ["payment_id", "score", "probability", "decision", "model", "bundle", "policy", "fallback", "reasons", "request_id"]
+    assert list(one.json) == named
     assert one.json["payment_id"] == "good-0"
     assert (one.json["model"], one.json["bundle"]) == ("linear", server.bundle.version)
     many = post(server, payments[1:])
@@ -133,7 +148,9 @@ def test_a_list_of_one_is_answered_by_a_list(server):
 
 def test_a_payment_sent_again_gets_its_score_again_and_another_with_its_id_is_a_conflict(server):
     first = post(server, payment(server, "twice"))
-    assert post(server, payment(server, "twice")).json == first.json
+    again = post(server, payment(server, "twice"))
+    assert again.json | {"request_id": ""} == first.json | {"request_id": ""}
+    assert again.json["request_id"] == again.headers["x-request-id"] != first.json["request_id"]
     assert post(server, payment(server, "twice", payer_id="somebody else")).fault == (409, "conflict", "payment_id")
 
 
@@ -296,11 +313,10 @@ def test_a_compressed_body_is_refused(server):
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_each_route_has_one_method(server, path):
-    method = ROUTES[path][0]
-    for other in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD"} - {method}:
+def test_each_route_has_its_methods(server, path):
+    for other in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD"} - set(ROUTES[path]):
         answer = ask(server, other, path)
-        assert (answer.status, answer.headers["allow"]) == (405, method), other
+        assert (answer.status, answer.headers["allow"]) == (405, ", ".join(ROUTES[path])), other
 
 
 @pytest.mark.parametrize(
@@ -323,15 +339,15 @@ def test_what_is_not_documented_does_not_exist(server, path):
         assert ask(server, method, path).fault[:2] == (404, "not_found"), method
 
 
-@pytest.mark.parametrize("path", ROUTES)
-def test_a_key_is_needed_but_for_health(server, path):
-    method, free = ROUTES[path][0], path in OPEN
+@pytest.mark.parametrize(("method", "path"), METHODS)
+def test_a_key_is_needed_but_for_health(server, method, path):
+    free = path in OPEN
     for key in (None, "wrong", KEY[:-1], KEY + "x", KEY.upper()):
         answer = ask(server, method, path, key=key)
         assert answer.status == (200 if free else 401), key
         if not free:
             assert answer.fault[1] == "unauthorized"
-            assert answer.headers["www-authenticate"].startswith("Basic")
+            assert 'Basic realm="fraudlab"' in answer.headers["www-authenticate"]
 
 
 def test_a_key_may_come_as_a_token_or_a_password(server):
@@ -357,23 +373,14 @@ def test_the_card(server):
     assert "vocabulary" not in json.dumps(card), "values seen in training are nobody's business"
 
 
-def test_readyz_said_503_until_the_bundle_was_ready(server):
-    lines = [line.rsplit(" ", 1) for line in ask(server, "GET", "/metrics").body.decode().splitlines() if "request_total{" in line]
-    counts = {name: float(n) for name, n in lines}
-    asked = {code: sum(n for name, n in counts.items() if '"/readyz"' in name and f'code="{code}"' in name) for code in (200, 500, 503)}
-    assert asked[503] > 0
-    assert asked[200] > 0
-    assert asked[500] == 0
-
-
 # ---------------------------------------------------------------- documentation
 
 
 def test_the_document_lists_exactly_what_answers(server):
     described = ask(server, "GET", "/docs.json").json
     operations = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
-    assert operations == {(method, path) for path, (method, _) in ROUTES.items()}
-    for method, path in operations:
+    assert operations == set(METHODS)
+    for method, path in operations - {("POST", "/v1/rollout")}:
         posted = described["paths"][path].get("post", {}).get("requestBody")
         answer = ask(server, method, path, json.dumps(posted["content"]["application/json"]["example"]) if posted else None)
         assert str(answer.status) == "200", path
@@ -469,36 +476,47 @@ def test_what_is_sent_never_comes_back(server):
 
 
 def test_an_error_of_ours_is_logged_without_the_payment(server, caplog):
-    def score(payments):
+    def score(payments, *_):
         raise KeyError(payments[0]["payer_id"])
 
-    app = application(lambda: SimpleNamespace(bundle=server.bundle, score=score, close=lambda: None))
-    with Ready(app) as client:
+    with Ready(server) as client:
+        client.service.rollout.score = score
         answer = client.post("/v1/score", json=payment(server, "x", payer_id=CANARY))
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
-    assert "Scoring failed: KeyError in" in caplog.text
+    assert "failed: KeyError in" in caplog.text
     assert CANARY not in answer.text + caplog.text
 
 
 # ---------------------------------------------------------------- without a server process
 
 
-class Ready(TestClient):
-    """A client of `app` behind the guard, once it is ready."""
+def opened(bundle, folder: Path) -> Rollout:
+    """A rollout with `bundle` alone, its state in memory."""
+    keys = find_keys(folder / "audit-keys") or create_key(folder / "audit-keys", ed25519=True)
+    scorer = lambda name, rollout: Scorer(bundle, rollout.state(bundle, "sqlite::memory:"))  # noqa: E731
+    rollout = Rollout(scorer, folder / "rollout.json", AuditLog(folder / "audit", keys.private))
+    rollout.begin(rollout.prepare(Plan("tiny")))
+    rollout.write()
+    return rollout
 
-    def __init__(self, app, key=""):
-        super().__init__(KnownPaths(Guard(app, key)), base_url="http://127.0.0.1")
+
+class Ready(TestClient):
+    """A client of a service of its own behind the door, once it is ready."""
+
+    def __init__(self, server, key="", opener=None, **limits):
+        folder = server.folder.parent / secrets.token_hex(4)
+        self.service = Service(opener or (lambda: opened(server.bundle, folder)), Access(None, key), Limits(**limits))
+        super().__init__(Door(Starlette(), self.service), base_url="http://127.0.0.1")
 
     def __enter__(self):
         client = super().__enter__()
-        while client.get("/v1/model").status_code == 503:
+        while self.service.why == "the service is starting" and self.service.rollout is None:
             time.sleep(0.01)
         return client
 
 
 def test_without_a_key_only_this_machine_is_answered(server):
-    app = application(lambda: SimpleNamespace(bundle=server.bundle, close=lambda: None))
-    with Ready(app) as client:
+    with Ready(server) as client:
         for host in ("127.0.0.1:3000", "localhost", "[::1]:80"):
             assert client.get("/v1/model", headers={"host": host}).status_code == 200, host
         for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[", ""):
@@ -510,7 +528,7 @@ def test_without_a_key_only_this_machine_is_answered(server):
             sent.append(message)
 
         scope = {"type": "http", "method": "GET", "path": "/v1/model", "headers": [(b"host", b"localhost")], "server": address}
-        asyncio.run(Guard(None)(scope, None, send))
+        asyncio.run(Door(None, Service(None, Access()))(scope, None, send))
         assert sent[0]["status"] == 403
 
 
@@ -518,9 +536,8 @@ def test_a_refused_bundle_leaves_the_service_not_ready(server, caplog):
     def refuse():
         raise ValueError("weights.safetensors has changed")
 
-    app = application(refuse)
-    with TestClient(app) as client:
-        for path in ("/v1/model", "/docs.json"):
+    with Ready(server, opener=refuse) as client:
+        for path in ("/v1/model", "/docs.json", "/readyz"):
             assert client.get(path).status_code == 503
         assert client.post("/v1/score", json=payment(server, "x")).headers["retry-after"] == "1"
     assert "weights.safetensors has changed" in caplog.text
@@ -568,12 +585,12 @@ def test_any_body_is_read_or_refused(server, body):
 @pytest.mark.parametrize(
     ("changes", "arguments", "says"),
     [
-        ({}, ["--host", "0.0.0.0"], "Refusing to listen on 0.0.0.0 with no API key"),
-        ({"BENTOML_HOST": "::"}, [], "Refusing to listen on :: with no API key"),
+        ({}, ["--host", "0.0.0.0"], "Refusing to listen on 0.0.0.0 with no credentials"),
+        ({"BENTOML_HOST": "::"}, [], "Refusing to listen on :: with no credentials"),
     ],
 )
 def test_the_service_refuses_to_start_where_others_could_reach_it(server, tmp_path, monkeypatch, changes, arguments, says):
-    monkeypatch.setenv("FRAUDLAB_ROOT", str(ROOT))
+    [monkeypatch.setenv(*item) for item in in_folder(server.folder.parent).items()]
     command, environment = serve_command(server.folder, public_key=server.key, state=f"lmdb:{tmp_path}/state", home=tmp_path / "bentoml")
     command = command[: command.index("--host")] + arguments  # as somebody would call bentoml, past our own check
     with pytest.raises(RuntimeError) as ended, running(command, environment | changes, f"http://127.0.0.1:{free_port()}", tmp_path / "log"):
@@ -585,8 +602,8 @@ def test_the_service_refuses_to_start_where_others_could_reach_it(server, tmp_pa
 
 
 def test_the_command_refuses_too(server, monkeypatch):
-    monkeypatch.setenv("FRAUDLAB_ROOT", str(ROOT))
-    with pytest.raises(ValueError, match="no API key"):
+    [monkeypatch.setenv(*item) for item in in_folder(server.folder.parent).items()]
+    with pytest.raises(ValueError, match="no credentials"):
         serve_command(server.folder, host="0.0.0.0")
     monkeypatch.setenv("FRAUDLAB_API_KEY", "short")
     with pytest.raises(ValueError, match="at least 16 are needed"):
@@ -598,7 +615,7 @@ def test_the_command_refuses_too(server, monkeypatch):
 
 
 def test_a_service_with_a_spoilt_bundle_does_not_start(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("FRAUDLAB_ROOT", str(ROOT))
+    [monkeypatch.setenv(*item) for item in in_folder(server.folder.parent).items()]
     folder = shutil.copytree(server.folder, tmp_path / "spoilt")
     (folder / "weights.safetensors").write_bytes(b"\0" + (folder / "weights.safetensors").read_bytes()[1:])
     with (

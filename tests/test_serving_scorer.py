@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+from tiny_bundle import ANSWERS
 
 from fraudlab.features.definitions import FeatureSet
 from fraudlab.features.encoding import Column, Encoding
@@ -36,8 +37,7 @@ def test_payments_of_nobody_have_no_history_online_as_offline():
         "columns": encoding.to_dict(),
         "history": 3,
         "stepper": None,
-        "model": {"name": "m"},
-        "version": "1",
+        **ANSWERS,
     }
 
     scorer = Scorer(

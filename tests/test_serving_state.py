@@ -1,5 +1,8 @@
 """What the service remembers, on every kind of store: all or nothing, by several processes, after labels, and from the offline tables."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 from test_stores import address, redis, server  # noqa: F401
+from tiny_bundle import ANSWERS
 
 from fraudlab.features import online
 from fraudlab.features.definitions import FeatureSet, Risk, Window
@@ -20,7 +24,9 @@ from fraudlab.features.stores import StoreError, open_store
 from fraudlab.models.contract import Model, score_all, to_dict
 from fraudlab.models.layers import both_ways
 from fraudlab.models.steps import make_stepper
+from fraudlab.models.walk import make_trees
 from fraudlab.models.zoo.decoder import Decoder
+from fraudlab.models.zoo.forest import Forest
 from fraudlab.serving import state as states
 from fraudlab.serving.scorer import Scorer
 from fraudlab.serving.state import Conflict, State, backfill, copy_state
@@ -76,7 +82,7 @@ def made(n=400, days=60):
     encoding = Encoding.fit(frame[:200], [Column(name) for name in ("amount", *FEATURES.names)])
     data = Dataset(encoding.encode(frame), encoding.columns, payments["payer_id"], payments["event_time"])
     about = {"features": FEATURES.to_dict(), "columns": encoding.to_dict(), "history": T, "stepper": None}
-    about |= {"model": {"name": "total"}, "version": "1"}
+    about |= ANSWERS
     bundle, offline = SimpleNamespace(**about, score=total), score_all(Total(data.columns), {}, data, np.arange(n))
     return SimpleNamespace(bundle=bundle, payments=payments, labels=labels, rows=data.rows, offline=offline, times=times, data=data)
 
@@ -100,12 +106,23 @@ def stepping(world):
     return SimpleNamespace(**vars(world) | {"bundle": bundle, "offline": offline})
 
 
+@pytest.fixture(scope="module")
+def trees(world):
+    """The same world, scored by a forest that walks a payment's own row."""
+    model, known = Forest(world.data.columns, trees=20, smallest_leaf=5), world.labels["is_fraud"].to_numpy()[:200]
+    weights = model.fit(world.rows[:200], known)
+    bundle = SimpleNamespace(**vars(world.bundle) | {"stepper": make_trees("forest", model.columns, weights), "memory": "forest 1"})
+    offline = score_all(model, weights, world.data, np.arange(len(world.data)))
+    assert offline.std() > 1e-2
+    return SimpleNamespace(**vars(world) | {"bundle": bundle, "offline": offline})
+
+
 @pytest.fixture
-def way(request, world, stepping):
+def way(request, world, stepping, trees):
     """A world and how near its online scores are to the offline ones, by how its model reads a payer's past."""
     alone = SimpleNamespace(**vars(world.bundle) | {"history": 0, "score": lambda shown: shown.rows.sum((1, 2))})
     rows = SimpleNamespace(**vars(world) | {"bundle": alone, "offline": world.rows.sum(1)})
-    return {"rows": (rows, 1e-4), "windows": (world, 1e-4), "steps": (stepping, 1e-4)}[request.param]
+    return {"rows": (rows, 1e-4), "windows": (world, 1e-4), "steps": (stepping, 1e-4), "trees": (trees, 1e-6)}[request.param]
 
 
 def moment(time) -> datetime:
@@ -131,7 +148,7 @@ def replay(scorer: Scorer, world, start: int, stop: int, most: int = 8) -> list[
     return scores
 
 
-@pytest.mark.parametrize("way", ["rows", "windows", "steps"], indirect=True)
+@pytest.mark.parametrize("way", ["rows", "windows", "steps", "trees"], indirect=True)
 def test_backfilled_and_continued_it_gives_the_offline_scores(way, address):  # noqa: F811
     world, near = way
     half = int(np.searchsorted(world.times, world.times[200]))
@@ -200,7 +217,7 @@ def test_payments_of_one_payer_in_one_list_are_as_one_after_the_other(stepping):
 
 def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, address):  # noqa: F811
     scorer = Scorer(stepping.bundle, address)
-    payments, stepper = stepping.payments[:30].to_dicts(), scorer.state.stepper
+    payments, stepper = stepping.payments[:30].to_dicts(), scorer.stepper
     scored(scorer, payments[:20])
     before, left = everything(scorer), iter(range(9))
 
@@ -209,14 +226,14 @@ def test_a_list_whose_last_payment_fails_leaves_memories_as_they_were(stepping, 
             raise ArithmeticError
         return stepper.step(memory, row, time)
 
-    scorer.state.stepper = SimpleNamespace(step=step, empty=stepper.empty, size=stepper.size)
+    scorer.stepper = SimpleNamespace(step=step, empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError):
         scored(scorer, payments[20:])
     assert next(left, None) is None
-    scorer.state.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty, size=stepper.size)
+    scorer.stepper = SimpleNamespace(step=lambda memory, row, time: (float("nan"), row), empty=stepper.empty, size=stepper.size)
     with pytest.raises(ArithmeticError, match="not a number"):
         scored(scorer, payments[20:21])
-    scorer.state.stepper = stepper
+    scorer.stepper = stepper
     with pytest.raises(Conflict):
         scored(scorer, [*payments[20:], payments[0] | {"amount": 1.0}])
     assert everything(scorer) == before
@@ -338,6 +355,22 @@ def test_memories_of_another_model_and_older_states_are_refused(stepping, world,
         State(world.bundle, f"sqlite:{tmp_path}/old")
 
 
+def test_of_trees_nothing_is_kept_but_scores_and_other_trees_may_go_on(trees, stepping, world, address):  # noqa: F811
+    scorer = Scorer(trees.bundle, address)
+    payments = trees.payments[:40].to_dicts()
+    scores = scored(scorer, payments[:20])
+    np.testing.assert_allclose(scores, trees.offline[:20], atol=1e-6)
+    assert not [key for key in everything(scorer) if key.startswith(b"=past=")]
+    scorer.close()
+    scorer = Scorer(SimpleNamespace(**vars(trees.bundle) | {"memory": "forest 2"}), address)
+    assert scored(scorer, payments[:20]) == scores  # sent again
+    np.testing.assert_allclose(scored(scorer, payments[20:]), trees.offline[20:40], atol=1e-6)
+    scorer.close()
+    for other in (stepping, SimpleNamespace(bundle=SimpleNamespace(**vars(world.bundle) | {"history": 0}))):
+        with pytest.raises(StoreError, match="are those of another model"):
+            State(other.bundle, address)
+
+
 def test_a_payment_in_another_currency_is_a_conflict_after_a_restart_too(world, address):  # noqa: F811
     scorer = Scorer(world.bundle, address)
     first, second = world.payments[:2].to_dicts()
@@ -382,3 +415,29 @@ def test_a_copy_goes_on_as_the_original_does(world, tmp_path, address):  # noqa:
     with pytest.raises(StoreError, match="is not empty"):
         copy_state(f"sqlite:{tmp_path}/to/copy", f"sqlite:{tmp_path}/to/copy")
     assert sum(map(len, open_store(f"sqlite:{tmp_path}/to/copy").pages())) == len(everything(copied))
+
+
+# ---------------------------------------------------------------- a store that is slow or gone
+
+
+def test_while_the_store_stands_still_payments_are_scored_from_their_own_fields_and_caught_up_later(stepping, redis):  # noqa: F811
+    payments = stepping.payments[:40].to_dicts()
+    alone = Scorer(stepping.bundle, "sqlite::memory:")
+    usual = scored(alone, payments)
+    scorer = Scorer(stepping.bundle, redis.address)
+    assert scored(scorer, payments[:20]) == usual[:20]
+    os.kill(redis.process.pid, signal.SIGSTOP)
+    try:
+        answers = [scorer.score([p])[0].answer for p in payments[20:30]]
+        assert {a.fallback for a in answers} == {"no_state"}
+        new = Scorer(stepping.bundle, "sqlite::memory:")
+        assert [a.score for a in answers[:1]] == scored(new, payments[20:21])  # as if nobody had paid before
+    finally:
+        os.kill(redis.process.pid, signal.SIGCONT)
+    time.sleep(scorer.breaker.pause)
+    scorer.score(payments[30:31])
+    scorer.score(payments[31:32])
+    assert not scorer.missed
+    assert [s.answer for s in scorer.caught_up] == answers
+    assert [x.answer for x in scorer.score(payments[20:30])] == answers  # told as they were
+    np.testing.assert_allclose(scored(scorer, payments[32:]), usual[32:], atol=1e-6)

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=match):
             steps.make_stepper(name, options, columns, weights)
 
-    refused("'boosted' is no model with steps. There are: decoder, gru, recurrent", name="boosted")
+    refused("'logistic' is no model with steps. There are: boosted, decoder, forest, gru, recurrent", name="logistic")
     refused("'depth' is no option of the steps of 'decoder'", options=options | {"depth": 3})
     refused("need its option 'window'", options={k: v for k, v in options.items() if k != "window"})
     refused("'waves' is no way to read numbers", options=options | {"numbers": "waves"})
@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused():
 def test_states_and_rows_of_another_model_are_refused():
     data, who = payments()
     stepper, other, row = made("decoder")[2], made("gru")[2], data.rows[0]
-    with pytest.raises(ValueError, match=rf"A state of \[{other.size}\] bytes"):
+    with pytest.raises(ValueError, match=rf"A memory of \[{other.size}\] bytes"):
         stepper.step(other.empty(), row, 0)
     with pytest.raises(ValueError, match=r"a row of \[3\] numbers"):
         stepper.step(stepper.empty(), row[:3], 0)
@@ -228,7 +228,7 @@ def test_states_and_rows_of_another_model_are_refused():
         with pytest.raises(TypeError, match="uint8 that can be written"):
             stepper.step(state, wrong, 0)
     for which in (who[:1], who + 1):
-        with pytest.raises(ValueError, match="count states from 0"):
+        with pytest.raises(ValueError, match="count memories from 0"):
             stepper.steps(np.stack([stepper.empty()] * 6), which, data.rows, data.times)
     assert len(stepper.steps(stepper.empty()[None], who[:0], data.rows[:0], data.times[:0])) == 0
 

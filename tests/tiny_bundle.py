@@ -10,11 +10,20 @@ import numpy as np
 from fraudlab.data.contract import Field
 from fraudlab.features.definitions import FeatureSet, Row, Window
 from fraudlab.features.encoding import Column
+from fraudlab.evaluation import calibration
+from fraudlab.governance import policy, reason_texts
 from fraudlab.governance.signing import Keys, create_key
 from fraudlab.models.contract import Model
 from fraudlab.models.layers import causal
 from fraudlab.serving.bundle import write
 
+ANSWERS = {
+    "model": {"name": "tiny"},
+    "version": "1",
+    "calibration": calibration.to_dict(calibration.Calibration()),
+    "policy": policy.to_dict(policy.DEFAULT),
+    "reasons": reason_texts.to_dict(reason_texts.DEFAULT),
+}  # what a bundle's card says of its answers
 FEATURES = FeatureSet(
     (Row("night", "night"), Window("payer_count_7d", "payer", "count", "7d"), Window("payer_mean_7d", "payer", "mean", "7d"))
 )

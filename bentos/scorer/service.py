@@ -10,36 +10,36 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before bentoml is impor
 import bentoml
 
 from fraudlab.core.settings import settings
-from fraudlab.serving.bento import check_start, open_scorer
-from fraudlab.serving.http import Guard, KnownPaths, application
+from fraudlab.data.tokens import guard_logs
+from fraudlab.serving.access import Access
+from fraudlab.serving.bento import check_start, open_rollout
+from fraudlab.serving.service import Door
+from fraudlab.serving.service import Service as Scorer
 
 HERE = Path(__file__).resolve().parent
-API_KEY = settings().api_key
 logging.getLogger("fraudlab").setLevel(logging.INFO)
-app = application(partial(open_scorer, HERE), secured=bool(API_KEY))
+guard_logs()
+scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
 
 class Outermost(bentoml.Service):
     def to_asgi(self, is_main: bool = True):
-        return KnownPaths(super().to_asgi(is_main))
+        return Door(super().to_asgi(is_main), scorer)
 
 
 @bentoml.service(
     name="scorer",
     service_class=Outermost,
-    workers=1,
+    workers=settings().workers,
     traffic={"timeout": 2},  # seconds; BentoML keeps a timer for each request that long
     http={"host": "127.0.0.1"},
     logging={"access": {"enabled": False}},
 )
-@bentoml.asgi_app(app)
+@bentoml.asgi_app(scorer.mounted())
 class Service:
     @bentoml.on_deployment
     def check():
         check_start(HERE)
 
     def __is_ready__(self) -> bool:
-        return app.state.scorer is not None
-
-
-Service.add_asgi_middleware(Guard, api_key=API_KEY)
+        return scorer.rollout is not None

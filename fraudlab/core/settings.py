@@ -41,7 +41,13 @@ class Settings:
     bundle: str = ""           # bundle that the service loads
     state: str = field(default="", repr=False)    # where the service's online state is, such as redis://:password@host:6379/0
     public_key: str = ""       # key that a bundle must be signed with; default `keys/public.pem`
-    api_key: str = field(default="", repr=False)  # key that callers must show; from the environment only
+    api_key: str = field(default="", repr=False)  # one key for all callers, to score and read; from the environment only
+    access: str = ""           # file of callers' credentials; default `keys/access.json`, if it is there
+    token_keys: str = ""       # file of the keys that make tokens of identifiers; default `keys/tokens.json`
+    rollout: str = ""          # file of the plan that says which bundle answers; default `state/rollout.json` in the data folder
+    audit: str = ""            # folder of the audit log; default `audit` in the data folder
+    workers: int = 1           # processes that answer
+    tls: str = ""              # folder with tls.crt, tls.key and ca.crt: the service then speaks TLS, and asks callers for certificates
     coordinator: str = ""      # address of the first of several processes that train together, such as host:1234
     processes: int = 1         # how many they are
     process: int = 0           # which of them this is, from 0
@@ -71,11 +77,14 @@ def settings() -> Settings:
     given = _given(root) | {"root": root}
     for name in PATHS: given[name] = (root / os.path.expanduser(given.get(name) or name)).resolve()
     many, which = next(((os.environ[many], os.environ[which]) for many, which in SCHEDULERS if {many, which} <= os.environ.keys()), (1, 0))
-    for name, default in (("seed", 0), ("processes", many), ("process", which)): given[name] = _whole_number(name, given.get(name, default))
+    for name, default in (("seed", 0), ("workers", 1), ("processes", many), ("process", which)): given[name] = _whole_number(name, given.get(name, default))
     if given.setdefault("device", "auto") not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device = {given['device']}: must be auto, cpu or gpu.")
     given["tracking"] = given.get("tracking") or f"sqlite:///{given['registry'] / 'mlflow.db'}"
     given["public_key"] = given.get("public_key") or str(given["keys"] / "public.pem")
+    given["rollout"] = given.get("rollout") or str(given["data"] / "state" / "rollout.json")
+    given["audit"] = given.get("audit") or str(given["data"] / "audit")
+    given["token_keys"] = given.get("token_keys") or str(given["keys"] / "tokens.json")
     return Settings(**given)
 
 def _whole_number(name: str, value) -> int:
