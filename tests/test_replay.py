@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from tiny_bundle import COLUMNS, FEATURES, FIELDS, Linear, tiny_weights
@@ -17,9 +18,11 @@ from fraudlab.governance.audit_log import AuditLog, read
 from fraudlab.governance.signing import create_key
 from fraudlab.models.contract import Model
 from fraudlab.models.zoo.gru import Gru
-from fraudlab.monitoring.replay import find, memory_name, records_before, replay
+from fraudlab.monitoring.replay import find, records_before, replay
 from fraudlab.serving.bundle import load, tokens_of, write
-from fraudlab.serving.scorer import NO_STATE, Scorer
+from fraudlab.serving.rollout import Caller, record
+from fraudlab.serving.scorer import NO_STATE, Scored, Scorer
+from fraudlab.serving.state import COUNT, memory_name
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PARTS = {"features": FEATURES.to_dict(), "fields": FIELDS, "lineage": {}, "evaluation": {}, "buckets": (1, 8)}
@@ -65,20 +68,12 @@ class Service:
     def records(self, payments: list[dict], **more) -> list[dict]:
         self.count += 1
         scored = self.scorer.score(payments)
-        common = {"request_id": f"r{self.count}", "at": 10**15 + self.count * 10**7}
-        return [common | {"payment": s.payment, **self.made(s), "answer": s.answer} | more for s in scored]
-
-    def made(self, s) -> dict:
-        if s.row is None:
-            return {}
-        made = {"row": base64.b64encode(s.row.tobytes()).decode(), "n": s.past.n, "memory": memory_name(self.scorer.bundle)}
-        if s.past.n == 0 and s.past.blob:
-            made["anchor"] = base64.b64encode(zlib.compress(s.past.blob)).decode()
-        return made
+        records = [record("answer" if s.look else "repeat", s, Caller(f"r{self.count}")) for s in scored]
+        return [msgspec.to_builtins(r) | {"at": 10**15 + self.count * 10**7} | more for r in records]
 
     def answer(self, *payments: dict, **more):
-        for record in self.records(list(payments), **more):
-            self.log.append(record)
+        for line in self.records(list(payments), **more):
+            self.log.append(line)
 
 
 def served(bundle, folder, n: int = 24) -> Service:
@@ -125,7 +120,7 @@ def test_a_memory_that_was_there_before_the_log_is_its_anchor(bundles, tmp_path,
     service = Service(bundle, tmp_path / "second", state)
     service.count = 10
     (with_anchor,) = service.records([payment(5)])
-    blob = service.scorer.state.store.get_many([k for page in service.scorer.state.store.pages(b"=past=") for k, _ in page])[0][8:]
+    blob = service.scorer.state.store.get_many([k for page in service.scorer.state.store.pages(b"=past=") for k, _ in page])[0][COUNT:]
     service.log.append(with_anchor)
     (record,) = service.records([payment(6)])
     anchored = record | {"anchor": base64.b64encode(zlib.compress(blob)).decode()}  # at n = 6, with no record before it in this folder
@@ -171,7 +166,7 @@ def test_without_a_state_the_memory_is_empty_and_what_came_later_is_found(bundle
     service.scorer.breaker.until = 0
     service.scorer.missed.clear()
     (late,) = service.records([payment(3)], kind="missed")  # as the service logs it once the store is back
-    late["answer"].fallback = NO_STATE
+    late["answer"]["fallback"] = NO_STATE
     service.log.append(late)
     service.answer(payment(4))
     service.log.close()
@@ -184,20 +179,14 @@ def test_without_a_state_the_memory_is_empty_and_what_came_later_is_found(bundle
 
 def test_under_the_kill_switch_there_is_a_decision_only(bundles, tmp_path):
     bundle = bundles[0]["steps"]
-    answer = {
-        "payment_id": "p0",
-        "score": None,
-        "probability": None,
-        "decision": "challenge",
-        "bundle": bundle.version,
-        "fallback": "kill_switch",
-    }
-    with AuditLog(tmp_path / "log", create_key(tmp_path / "k", ed25519=True).private) as log:
-        log.append({"request_id": "r1", "at": 1, "payment": payment(0), "answer": answer})
-    told = replay(tmp_path / "log", bundle, "p0", decide=lambda bundle, payment, score: (None, "challenge"))
-    assert told.equal
-    assert told.score is None
-    assert not replay(tmp_path / "log", bundle, "r1", decide=lambda bundle, payment, score: (None, "approve")).equal
+    scorer = Scorer(bundle, "sqlite::memory:")
+    for amount, name in ((10.0, "small"), (900.0, "large")):
+        p = payment(0) | {"payment_id": name, "amount": amount}
+        with AuditLog(tmp_path / "log", create_key(tmp_path / name, ed25519=True).private) as log:
+            log.append(record("answer", Scored(scorer.rule(p), p), Caller(name)))
+        told = replay(tmp_path / "log", bundle, name)
+        assert told.equal
+        assert (told.score, told.decision) == (None, "challenge" if name == "large" else "approve")
     assert "no model was asked" in str(told)
 
 

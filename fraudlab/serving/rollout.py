@@ -72,7 +72,7 @@ def broken_guardrail(champion: Tally, challenger: Tally) -> str:
     slow = math.exp(challenger.log_seconds / m - champion.log_seconds / n)
     return f"the challenger takes {slow:.1f} times as long as the champion" if slow > SLOWER else ""
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #dcb142fc
+# %% ../../nbs/70_serving/25_rollout.ipynb #7b070fb0
 class Caller(NamedTuple):
     "Who asked, in which request."
     request_id: str = ""
@@ -87,6 +87,7 @@ class Record(msgspec.Struct, omit_defaults=True):
     payment: dict | None = None  # its ids as tokens, without personal fields
     row: str = ""                # base64 of float32 [F]
     n: int = 0                   # how many of the payer's payments went into the past before
+    memory: str = ""             # name of that past, which bundles may share
     anchor: str = ""             # base64 of the past's zlib, where n = 0
     parts: dict | None = None    # what each group of fields added to the log-odds
     answer: Answer | None = None
@@ -96,11 +97,10 @@ def _base64(b: bytes) -> str: return base64.b64encode(b).decode()
 
 def record(kind: str, s: Scored, caller: Caller) -> Record:
     "What is logged of a scored payment."
-    if s.look is None:
-        return Record(kind, _now(), *caller, {"payment_id": s.answer.payment_id}, answer=s.answer)
+    if s.look is None: return Record(kind, _now(), *caller, s.payment, answer=s.answer)
     n, _, blob = s.look.past
     anchor = _base64(zlib.compress(blob, 1)) if n == 0 and blob else ""
-    return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), n, anchor, s.parts, s.answer)
+    return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), n, s.look.of.name, anchor, s.parts, s.answer)
 
 def _now() -> int: return time.time_ns() // 1000
 
@@ -183,7 +183,7 @@ def _taken(waiting: deque) -> list:
 
 Rollout._flush, Rollout._record = _flush, _record
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #95329c59
+# %% ../../nbs/70_serving/25_rollout.ipynb #7aaf3a28
 def _split(self: Rollout, p: dict, explain: bool) -> Scored:
     "Score a payment by the bundle that its payer falls to; by the champion if the challenger fails."
     plan, champion, challenger, tallies = self.now
@@ -209,7 +209,7 @@ def _roll_back(self: Rollout, why: str):
 def _ruled(self: Rollout, p: dict) -> Scored:
     "A payment decided by the policy's rules, without a model."
     champion = self.now.champion
-    return Scored(champion.rule(p), champion.hidden(p))
+    return Scored(champion.rule(p), champion.shown(champion.hidden(p)))
 
 Rollout._split, Rollout._roll_back, Rollout._ruled = _split, _roll_back, _ruled
 
