@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'PLATFORMS', 'CARD', 'WEIGHTS', 'WHOLE', 'FORMAT', 'LONGEST', 'TRIAL', 'MOST', 'payment_type', 'tokens_of',
-           'export_score', 'write', 'Bundle', 'load', 'example']
+           'export_score', 'write', 'check_answers', 'Bundle', 'load', 'example']
 
 # %% ../../nbs/70_serving/00_bundle.ipynb #9a846c4f
 import hashlib
@@ -28,8 +28,13 @@ from safetensors import numpy as safetensors
 from ..core.registry import snake
 from ..core.runs import text_hash, write_json
 from ..data.contract import LARGEST, Field
+from ..evaluation import calibration as calibrations
+from ..evaluation.calibration import Calibration
 from ..features.encoding import Column, Encoding
 from ..features.sequences import CLOCK, Inputs
+from ..governance import policy as policies, reason_texts
+from ..governance.policy import Policy
+from ..governance.reason_texts import Texts
 from ..governance.signing import Refused, sign, verify
 from ..models.int8 import packed, unpacked
 from ..models.steps import MODELS, Stepper, make_stepper
@@ -126,7 +131,7 @@ def _numbers(columns: Iterable[Column]) -> int:
     return sum(c.width for c in columns)
 
 # %% ../../nbs/70_serving/00_bundle.ipynb #ba1ad18d
-CARD, WEIGHTS, WHOLE, FORMAT = "bundle.json", "weights.safetensors", "score_whole.stablehlo", 3
+CARD, WEIGHTS, WHOLE, FORMAT = "bundle.json", "weights.safetensors", "score_whole.stablehlo", 4
 
 def write(
     folder: str | Path,               # must not exist yet; its name is the bundle's name
@@ -140,6 +145,9 @@ def write(
     private_key: str | Path,
     entities: bool = True,            # False: payments have no payer and payee
     buckets: tuple[int, ...] = BUCKETS,
+    calibration: Calibration | None = None,   # none: scores are taken for probabilities
+    policy: Policy | None = None,             # none: `policy.DEFAULT`
+    reasons: Texts | None = None,             # none: `reason_texts.DEFAULT`
 ) -> Path:
     "Write and sign a bundle; returns its folder."
     folder = Path(folder)
@@ -150,10 +158,21 @@ def write(
     card = {"format": FORMAT, "name": folder.name, "model": about, "history": model.history,
             "buckets": [] if WHOLE in files else sorted(buckets), "memory": _memory(about, files[WEIGHTS]) if WHOLE in files else "",
             "columns": [asdict(c) for c in model.columns], "features": features, "entities": entities,
-            "fields": [asdict(f) for f in fields], "evaluation": evaluation, "lineage": lineage}
+            "fields": [asdict(f) for f in fields], "evaluation": evaluation, "lineage": lineage,
+            "calibration": calibrations.to_dict(calibration or Calibration()), "policy": policies.to_dict(policy or policies.DEFAULT),
+            "reasons": reason_texts.to_dict(reasons or reason_texts.DEFAULT)}
+    check_answers(card)
     card["schema"] = msgspec.json.schema(payment_type(card["fields"], entities))
     card |= {"version": _version(files, card), "created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     return _publish(folder, files, card, private_key)
+
+# %% ../../nbs/70_serving/00_bundle.ipynb #a4675cb5
+def check_answers(card: dict):
+    "Raise `ValueError` where calibration, policy or reason texts are not valid, or do not fit the fields and columns."
+    fields, columns = [Field(**f) for f in card["fields"]], Encoding.from_dict(card["columns"]).columns
+    calibrations.from_dict(card["calibration"])
+    policies.check(policies.from_dict(card["policy"]), fields)
+    reason_texts.groups(reason_texts.from_dict(card["reasons"]), columns, card["features"], bool(card["history"]))
 
 # %% ../../nbs/70_serving/00_bundle.ipynb #037f941f
 LONGEST = 2048   # tokens of a payer that a program may be shown
@@ -259,6 +278,8 @@ def load(folder: str | Path, public_key: str | Path) -> Bundle:
     card = json.loads(_read(folder, CARD, hashes))
     if card["format"] != FORMAT:
         raise Refused(f"{CARD} of {folder} has format {card['format']}; this fraudlab reads format {FORMAT}. Write the bundle again.")
+    try: check_answers(card)
+    except ValueError as e: raise Refused(f"{CARD} of {folder}: {e} Write the bundle again.") from None
     weights = unpacked(safetensors.load(_read(folder, WEIGHTS, hashes)))
     if card["memory"]: return _with_steps(Bundle(folder, card, weights, {}), _program(_read(folder, WHOLE, hashes)))
     functions = {B: _program(_read(folder, f"score_{B}.stablehlo", hashes)) for B in card["buckets"]}
