@@ -139,7 +139,7 @@ def score_histogram(
         row=alt.Row("model:N", title=None, sort=list(scores), header=alt.Header(labelOrient="top")),
         title=_title("Scores", scores), spacing=12)
 
-# %% ../../nbs/50_evaluation/20_plots.ipynb #2ff36378
+# %% ../../nbs/50_evaluation/20_plots.ipynb #eb4c8a18
 FROM, TO = 1e-4, .999   # thresholds that are drawn
 
 def _above(scores: pl.DataFrame, points: int) -> pl.DataFrame:
@@ -154,10 +154,11 @@ def _above(scores: pl.DataFrame, points: int) -> pl.DataFrame:
 def _threshold(title: str | None) -> alt.X:
     "The axis of thresholds."
     ticks, ends = [FROM, .001, .01, .1, .5, .9, .99, TO], [float(np.log(p / (1 - p))) for p in (FROM, TO)]
-    axis = alt.Axis(values=[round(float(np.log(t / (1 - t))), 4) for t in ticks], labelExpr="format(1 / (1 + exp(-datum.value)), '.3~p')")
+    values = [round(float(np.log(t / (1 - t))), 4) for t in ticks]
+    axis = alt.Axis(values=values, labelExpr="format(1 / (1 + exp(-datum.value)), '.3~p')", labelFlush=False)
     return alt.X("threshold:Q", title=title, axis=axis, scale=alt.Scale(domain=ends, nice=False))
 
-# %% ../../nbs/50_evaluation/20_plots.ipynb #cc225aeb
+# %% ../../nbs/50_evaluation/20_plots.ipynb #4e9ae979
 def thresholds(
     scores: pl.DataFrame,       # `score` is the probability that is compared
     marks: dict[str, float],    # thresholds to mark, by what to call them
@@ -173,7 +174,8 @@ def thresholds(
     share = alt.Chart(curve).mark_line(color=COLOURS[0]).encode(above, alt.Y("share", title="share of payments", scale=scale, axis=axis))
     both = curve.unpivot(["precision", "recall"], index="threshold", variable_name="of", value_name="value")
     lines = alt.Chart(both).mark_line().encode(
-        below, alt.Y("value", title="precision, recall", **SHARE), alt.StrokeDash("of:N", title=None), alt.Color("of:N", title=None, scale=alt.Scale(range=COLOURS[1:3])))
+        below, alt.Y("value", title="precision, recall", **SHARE), alt.StrokeDash("of:N", title=None),
+        alt.Color("of:N", title=None, scale=alt.Scale(range=COLOURS[1:3])))
     sized = lambda *layers: alt.layer(*layers).properties(width=WIDTH, height=HEIGHT / 2)
     upper = sized(rules.encode(above), share, names.encode(above, y=alt.value(HEIGHT / 2), text="mark"))
     chart = alt.vconcat(upper, sized(rules.encode(below), lines), title=_title("At or above a threshold", {"": scores}), spacing=8)
