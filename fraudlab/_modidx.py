@@ -3174,6 +3174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state.once': ('70_serving/state.html#once', 'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state.past_of': ('70_serving/state.html#past_of', 'fraudlab/serving/state.py'),
+                                        'fraudlab.serving.state.rename': ('70_serving/state.html#rename', 'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state.report': ('70_serving/state.html#report', 'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state.rows_before': ( '70_serving/state.html#rows_before',
                                                                                 'fraudlab/serving/state.py'),

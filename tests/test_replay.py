@@ -62,7 +62,7 @@ class Service:
     """A scorer whose answers are logged, each with what it was made from."""
 
     def __init__(self, bundle, folder, state="sqlite::memory:"):
-        self.scorer, self.count = Scorer(bundle, state, token=lambda id: f"t-{id}"), 0
+        self.scorer, self.count = Scorer(bundle, state, tokens=lambda id: [f"t-{id}"]), 0
         self.log = AuditLog(folder, create_key(folder.parent / f"key-{np.random.default_rng().integers(1 << 62)}", ed25519=True).private)
 
     def records(self, payments: list[dict], **more) -> list[dict]:
