@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
-           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'update', 'keys_of', 'known',
+           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'name_of', 'update', 'keys_of', 'known',
            'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row', 'report',
            'once', 'sweep', 'backfill', 'copy_state']
 
@@ -83,6 +83,7 @@ class State:
         self.engine, self.store = Online(self.features, lateness), open_store(address, patience)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
         self.made = made_for(bundle, self.engine.hash)
+        self.name = name_of(self.made)
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
         _compile(self)
@@ -94,6 +95,10 @@ def made_for(bundle, engine: str = "") -> Made:
     engine, stepper = engine or Online(FeatureSet.from_dict(bundle.features)).hash, bundle.stepper
     memory = f"{bundle.memory if stepper.size else 'any'}, {stepper.size} bytes" if stepper else ""
     return Made(engine, text_hash(msgspec.json.encode(bundle.columns).decode()), 0 if stepper else bundle.history, memory)
+
+def name_of(made: Made) -> str:
+    "By which a record of a payment says what it went into."
+    return text_hash(msgspec.json.encode(made).decode())[:12]
 
 COMPARED = ("event_time", "payer_id", "payee_id", "amount")   # two payments that differ in one of these are two
 
