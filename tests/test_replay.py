@@ -22,7 +22,7 @@ from fraudlab.monitoring.replay import find, records_before, replay
 from fraudlab.serving.bundle import load, tokens_of, write
 from fraudlab.serving.rollout import ANCHOR, Caller, Plan, Rollout, record
 from fraudlab.serving.scorer import NO_STATE, Scorer
-from fraudlab.serving.state import made_for, name_of
+from fraudlab.serving.state import COUNT, made_for, name_of
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PARTS = {"features": FEATURES.to_dict(), "fields": FIELDS, "lineage": {}, "evaluation": {}, "buckets": (1, 8)}
@@ -119,7 +119,7 @@ def test_a_memory_that_was_there_before_the_log_is_its_anchor(bundles, tmp_path,
     service = Service(bundle, tmp_path / "second", state)
     service.count = 10
     (with_anchor,) = service.records([payment(5)])
-    blob = service.scorer.state.store.get_many([k for page in service.scorer.state.store.pages(b"=past=") for k, _ in page])[0][8:]
+    blob = service.scorer.state.store.get_many([k for page in service.scorer.state.store.pages(b"=past=") for k, _ in page])[0][COUNT:]
     service.log.append(with_anchor)
     (record,) = service.records([payment(6)])
     anchored = record | {"anchor": base64.b64encode(zlib.compress(blob)).decode()}  # at n = 6, with no record before it in this folder

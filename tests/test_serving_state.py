@@ -441,3 +441,14 @@ def test_while_the_store_stands_still_payments_are_scored_from_their_own_fields_
     assert [s.answer for s in scorer.caught_up] == answers
     assert [x.answer for x in scorer.score(payments[20:30])] == answers  # told as they were
     np.testing.assert_allclose(scored(scorer, payments[32:]), usual[32:], atol=1e-6)
+
+
+def test_a_payers_past_is_let_go_when_it_expires(stepping, monkeypatch):
+    monkeypatch.setattr(states, "LOOKS", 16)
+    payments = stepping.payments.to_dicts()
+    scorer = Scorer(stepping.bundle, State(stepping.bundle, "sqlite::memory:", expiry="20d"))
+    scored(scorer, [payments[0] | {"payer_id": "gone"}])
+    for p in payments[1:]:
+        scored(scorer, [p])
+    kept = {key.decode() for key in everything(scorer) if key.startswith(b"=past=")}
+    assert kept == {f"=past={p['payer_id']}" for p in payments[-100:]}

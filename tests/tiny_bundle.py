@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fraudlab.data.contract import Field
+from fraudlab.evaluation import calibration
 from fraudlab.features.definitions import FeatureSet, Row, Window
 from fraudlab.features.encoding import Column
-from fraudlab.evaluation import calibration
 from fraudlab.governance import policy, reason_texts
 from fraudlab.governance.signing import Keys, create_key
 from fraudlab.models.contract import Model

@@ -87,14 +87,14 @@ def _missing(folder: str | Path, record: dict, n: int) -> str:
             f"the one with n = {n - 1} is not in {folder}. It is in another folder; or its worker was killed before it was logged, and "
             "nobody was answered on it; or it was removed, which fraudlab audit-log verify would say.")
 
-# %% ../../nbs/80_monitoring/00_replay.ipynb #4fff6f08
+# %% ../../nbs/80_monitoring/00_replay.ipynb #a876bba6
 def score_again(
     bundle: Bundle,
     records: list[dict],   # of one payer, as `records_before` gives them
 ) -> float:
     "Score of the last of `records`, from the first's anchor and what the others changed."
     *earlier, last = records
-    row, time, past = row_of(last), time_of(last), Past(number_of(records[0]), anchor_of(records[0]))
+    row, time, past = row_of(last), time_of(last), Past(blob=anchor_of(records[0]))
     if bundle.stepper:
         memory = memory_of(bundle.stepper, past)
         for r in earlier: bundle.stepper.step(memory, row_of(r), time_of(r))

@@ -29,13 +29,14 @@ from .state import Conflict, State
 
 log = logging.getLogger("fraudlab.serving")
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #dabf5651
+# %% ../../nbs/70_serving/25_rollout.ipynb #e3d24852
 class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     "Which bundle answers."
     champion: Annotated[str, Meta(min_length=1, max_length=200, description="Folder of the bundle that answers, in the folder of bundles")]
     challenger: Annotated[str, Meta(max_length=200, description="Folder of the bundle that is tried; empty: none")] = ""
     canary: Annotated[float, Meta(ge=0, le=1, description="Share of payers that the challenger answers; 0: it scores in the shadow")] = 0.0
     killed: Annotated[bool, Meta(description="Whether no model is asked, and the policy's rules decide")] = False
+    cold: Annotated[bool, Meta(description="Whether a champion may begin with a state that has seen no payment")] = False
     why: Annotated[str, Meta(max_length=500, description="Why it is so, for whoever reads the audit log")] = ""
 
     def __post_init__(self):
@@ -49,16 +50,16 @@ def in_canary(payer: str | None, challenger: str, share: float) -> bool:
     "Whether the challenger answers the payments of `payer`; nobody's payments are the champion's."
     return share > 0 and payer is not None and xxh64_intdigest(f"{challenger}/{payer}".encode()) < share * 2**64
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #404f5857
+# %% ../../nbs/70_serving/25_rollout.ipynb #1e51bde9
 class Tally:
     "What one bundle has answered."
-    def __init__(self): self.answers, self.stopped, self.seconds = 0, 0, 0.
+    def __init__(self): self.answers, self.stopped, self.log_seconds = 0, 0, 0.
     def add(self, answer: Answer, seconds: float):
         self.answers += 1
         self.stopped += answer.decision != "approve"
-        self.seconds += seconds
+        self.log_seconds += math.log(seconds)
 
-LEAST, SIGMAS, SLOWER = 200, 5., 5.   # answers before it is judged; standard errors; times the champion's time a payment
+LEAST, SIGMAS, SLOWER = 200, 5., 5.   # answers before it is judged; standard errors; times the champion's time a payment, as geometric means: a pause says nothing
 
 def broken_guardrail(champion: Tally, challenger: Tally) -> str:
     "Why the canary has to end; empty: it may go on."
@@ -68,10 +69,10 @@ def broken_guardrail(champion: Tally, challenger: Tally) -> str:
     both = (champion.stopped + challenger.stopped) / (n + m)
     error = math.sqrt(both * (1 - both) * (1 / n + 1 / m))
     if error and abs(p - q) > SIGMAS * error: return f"the challenger stops {q:.2%} of payments and the champion {p:.2%}"
-    slow = challenger.seconds / m / max(champion.seconds / n, 1e-9)
+    slow = math.exp(challenger.log_seconds / m - champion.log_seconds / n)
     return f"the challenger takes {slow:.1f} times as long as the champion" if slow > SLOWER else ""
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #00ce06c2
+# %% ../../nbs/70_serving/25_rollout.ipynb #dcb142fc
 class Caller(NamedTuple):
     "Who asked, in which request."
     request_id: str = ""
@@ -99,7 +100,7 @@ def record(kind: str, s: Scored, caller: Caller) -> Record:
     if s.look is None:
         payment = s.payment if s.answer.fallback == KILLED else {"payment_id": s.answer.payment_id}
         return Record(kind, _now(), *caller, payment, answer=s.answer)
-    n, blob = s.look.past
+    n, _, blob = s.look.past
     anchor = _base64(zlib.compress(blob, 1)) if n % ANCHOR == 0 and blob else ""
     return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), s.look.of.name, n, anchor, s.parts, s.answer)
 
@@ -248,15 +249,22 @@ def shadow_one(self: Rollout) -> bool:
 
 Rollout._shadow, Rollout.shadow_one = _shadow, shadow_one
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #37cfa072
+# %% ../../nbs/70_serving/25_rollout.ipynb #40f8ec7b
 def prepare(self: Rollout, plan: Plan) -> Serving:
     "Open what `plan` names, anew; raises `Refused`, `StoreError` or `ValueError`, and nothing has changed."
-    champion = self.open(plan.champion, self)
-    try: challenger = self.open(plan.challenger, self) if plan.challenger else None
+    champion, challenger = self.open(plan.champion, self), None
+    try:
+        if self.now and not plan.cold: _check_warm(champion, self.now)
+        if plan.challenger: challenger = self.open(plan.challenger, self)
     except BaseException:
         self.let_go(champion)
         raise
     return Serving(plan, champion, challenger, (Tally(), Tally()))
+
+def _check_warm(champion: Scorer, now: Serving):
+    "Raise `ValueError` for a champion that would forget what was seen until now."
+    if champion.state.seen_any() or not now.champion.state.seen_any(): return
+    raise ValueError(f"The state of {champion.bundle.name} has seen no payment: back-fill it, let it be a challenger first, or say cold = true.")
 
 def begin(self: Rollout, serving: Serving, caller: Caller = Caller()):
     "From now on answer as `serving` says."

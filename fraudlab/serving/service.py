@@ -7,7 +7,7 @@ __all__ = ['log', 'CHUNK', 'BUSY', 'DRAIN', 'WATCH', 'SHARE', 'Ask', 'request_id
            'score', 'arrow', 'label', 'model', 'plan', 'change', 'follow', 'ready', 'document_', 'page', 'start', 'end',
            'Door']
 
-# %% ../../nbs/70_serving/35_service.ipynb #91a4c885
+# %% ../../nbs/70_serving/35_service.ipynb #923ac171
 import asyncio
 import gc
 import io
@@ -25,7 +25,7 @@ import polars as pl
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from ..data.tokens import looks_like_card
+from ..data.tokens import looks_like_card, scrub
 from ..features.stores import StoreError
 from ..governance.audit_log import AuditError
 from ..governance.signing import Refused
@@ -195,7 +195,7 @@ async def plan(self: Service, ask: Ask) -> Reply:
 
 Service.label, Service.model, Service.plan = label, model, plan
 
-# %% ../../nbs/70_serving/35_service.ipynb #52efa845
+# %% ../../nbs/70_serving/35_service.ipynb #74b237d9
 async def change(self: Service, ask: Ask) -> Reply:
     "POST /v1/rollout"
     rollout = self._rollout()
@@ -218,7 +218,7 @@ async def follow(self: Service, plan: Plan, caller: Caller = Caller()):
         try: serving = await asyncio.to_thread(self.rollout.prepare, plan)
         except (Refused, OSError, ValueError) as e:
             log.error("A plan was refused: %s", e)
-            raise Problem(409, "refused", "A bundle of this plan cannot be served; the service's log says why. The old plan goes on.") from None
+            raise Problem(409, "refused", f"The old plan goes on. {scrub(str(e))}") from None
         self.rollout.begin(serving, caller)
         self._read_as(serving.champion.bundle)
 
