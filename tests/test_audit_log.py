@@ -526,6 +526,7 @@ def test_checkpoints_are_signed_by_time_and_when_idle(tmp_path, keys, monkeypatc
         log.append({"request_id": str(i)})
         wait_until(lambda: verify(tmp_path / "log", keys.public).unsigned == 0)
     assert verify(tmp_path / "log", keys.public).checkpoints >= 3
+    wait_until(lambda: log._signed == log._mark)
     k = log._k
     time.sleep(0.2)
     assert log._k == k  # nothing new, nothing signed

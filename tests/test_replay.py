@@ -22,7 +22,7 @@ from fraudlab.monitoring.replay import find, records_before, replay
 from fraudlab.serving.bundle import load, tokens_of, write
 from fraudlab.serving.rollout import ANCHOR, Caller, Plan, Rollout, record
 from fraudlab.serving.scorer import NO_STATE, Scorer
-from fraudlab.serving.state import COUNT, made_for, name_of
+from fraudlab.serving.state import COUNT, memory_name
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PARTS = {"features": FEATURES.to_dict(), "fields": FIELDS, "lineage": {}, "evaluation": {}, "buckets": (1, 8)}
@@ -219,7 +219,7 @@ def test_what_a_rollout_answers_is_replayed(bundles, tmp_path):
 def test_bundles_with_one_memory_share_it_and_others_do_not(bundles, tmp_path):
     one = bundles[0]["steps"]
     other = replace(one, card=one.card | {"version": "with another policy"})
-    names = [name_of(made_for(b)) for b in (one, other, bundles[0]["history"])]
+    names = [memory_name(b) for b in (one, other, bundles[0]["history"])]
     assert names[0] == names[1] != names[2]
     state = f"sqlite:{tmp_path / 'state'}"
     for k, bundle in enumerate((one, other)):

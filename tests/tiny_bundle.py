@@ -23,6 +23,7 @@ ANSWERS = {
     "calibration": calibration.to_dict(calibration.Calibration()),
     "policy": policy.to_dict(policy.DEFAULT),
     "reasons": reason_texts.to_dict(reason_texts.DEFAULT),
+    "fields": [],
 }  # what a bundle's card says of its answers
 FEATURES = FeatureSet(
     (Row("night", "night"), Window("payer_count_7d", "payer", "count", "7d"), Window("payer_mean_7d", "payer", "mean", "7d"))

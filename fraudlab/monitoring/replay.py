@@ -6,7 +6,7 @@
 __all__ = ['SKEW', 'TOLERANCE', 'row_of', 'time_of', 'anchor_of', 'number_of', 'fallback_of', 'touched', 'find', 'records_before',
            'score_again', 'Replayed', 'decide_again', 'replay']
 
-# %% ../../nbs/80_monitoring/00_replay.ipynb #78a6bc95
+# %% ../../nbs/80_monitoring/00_replay.ipynb #d2d6ca44
 import base64
 import zlib
 from datetime import datetime
@@ -23,7 +23,7 @@ from ..governance import policy
 from ..governance.audit_log import read
 from ..serving.bundle import Bundle, tokens_of
 from ..serving.scorer import KILLED
-from ..serving.state import Past, append_history, history_type, made_for, memory_of, name_of
+from ..serving.state import Past, append_history, history_type, memory_name, memory_of
 
 # %% ../../nbs/80_monitoring/00_replay.ipynb #65d16c6e
 SKEW = 1_000_000   # microseconds by which the order in which two workers log may differ from that in which they changed a memory
@@ -34,10 +34,10 @@ def anchor_of(record: dict) -> bytes: return zlib.decompress(base64.b64decode(re
 def number_of(record: dict) -> int: return record.get("n", 0)
 def fallback_of(record: dict) -> str: return record["answer"].get("fallback", "")
 
-# %% ../../nbs/80_monitoring/00_replay.ipynb #6b636d1b
+# %% ../../nbs/80_monitoring/00_replay.ipynb #492a5d22
 def touched(
     record: dict,
-    memory: str,    # `name_of` a state
+    memory: str,    # `state.memory_name` of a bundle
 ) -> bool:
     "Whether the record's payment went into that memory; one that the store missed did so later, and has another record of that."
     return record.get("memory") == memory and (record["kind"] == "missed" or not fallback_of(record))
@@ -63,12 +63,12 @@ def _answers(folder: str | Path, one: str) -> list[dict]:
 
 def _first(record: dict) -> bool: return bool(record.get("row")) or fallback_of(record) == KILLED
 
-# %% ../../nbs/80_monitoring/00_replay.ipynb #1b04668f
+# %% ../../nbs/80_monitoring/00_replay.ipynb #9f6bbdd8
 def records_before(folder: str | Path, bundle: Bundle, record: dict) -> list[dict]:
     "The payer's records in order, from where its memory began or has an anchor up to `record`; `ValueError` names one that is missing."
     payer, run = record["payment"].get("payer_id"), [record]
     if payer is None or not _remembers(bundle): return run
-    by_n, memory = {}, name_of(made_for(bundle))
+    by_n, memory = {}, memory_name(bundle)
     if number_of(record) and not record.get("anchor"):
         for r in read(folder, having=payer):
             if touched(r, memory) and r["payment"]["payer_id"] == payer: by_n.setdefault(number_of(r), []).append(r)

@@ -37,7 +37,7 @@ from .bundle import load
 from .openapi import document
 from .rollout import Plan, Rollout, read_plan, write_plan
 from .scorer import Scorer
-from .state import made_for, pack
+from .state import made_for, memory_name
 
 # %% ../../nbs/70_serving/40_bento.ipynb #7dfb06e3
 def chosen(
@@ -53,7 +53,7 @@ def chosen(
 
 def state_address(bundle) -> str:
     "The store of the state that `bundle` needs, unless the settings name another; bundles that may share one have the same."
-    return f"lmdb:{settings().data / 'state' / text_hash(pack(made_for(bundle)).hex())[:12]}.lmdb"
+    return f"lmdb:{settings().data / 'state' / memory_name(bundle)}.lmdb"
 
 def in_lab(address: str) -> str:
     "The `address` of a store, its path relative to the lab if it is a file."

@@ -24,7 +24,7 @@ from xxhash import xxh64_intdigest
 
 from ..core.runs import write_text
 from ..governance.audit_log import AuditError
-from .scorer import KILLED, PATIENCE, Answer, Scored, Scorer
+from .scorer import PATIENCE, Answer, Scored, Scorer
 from .state import Conflict, State
 
 log = logging.getLogger("fraudlab.serving")
@@ -72,7 +72,7 @@ def broken_guardrail(champion: Tally, challenger: Tally) -> str:
     slow = math.exp(challenger.log_seconds / m - champion.log_seconds / n)
     return f"the challenger takes {slow:.1f} times as long as the champion" if slow > SLOWER else ""
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #dcb142fc
+# %% ../../nbs/70_serving/25_rollout.ipynb #7b070fb0
 class Caller(NamedTuple):
     "Who asked, in which request."
     request_id: str = ""
@@ -86,8 +86,8 @@ class Record(msgspec.Struct, omit_defaults=True):
     principal: str = ""
     payment: dict | None = None  # its ids as tokens, without personal fields
     row: str = ""                # base64 of float32 [F]
-    memory: str = ""             # name of the state that the payment went into
     n: int = 0                   # how many of the payer's payments went into the past before
+    memory: str = ""             # name of that past, which bundles may share
     anchor: str = ""             # base64 of the past's zlib, where n is a multiple of ANCHOR and there is one
     parts: dict | None = None    # what each group of fields added to the log-odds
     answer: Answer | None = None
@@ -97,12 +97,10 @@ def _base64(b: bytes) -> str: return base64.b64encode(b).decode()
 
 def record(kind: str, s: Scored, caller: Caller) -> Record:
     "What is logged of a scored payment."
-    if s.look is None:
-        payment = s.payment if s.answer.fallback == KILLED else {"payment_id": s.answer.payment_id}
-        return Record(kind, _now(), *caller, payment, answer=s.answer)
+    if s.look is None: return Record(kind, _now(), *caller, s.payment, answer=s.answer)
     n, _, blob = s.look.past
     anchor = _base64(zlib.compress(blob, 1)) if n % ANCHOR == 0 and blob else ""
-    return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), s.look.of.name, n, anchor, s.parts, s.answer)
+    return Record(kind, _now(), *caller, s.payment, _base64(s.look.row.tobytes()), n, s.look.of.name, anchor, s.parts, s.answer)
 
 ANCHOR = 64   # payments of a payer from one anchor to the next: a replay reads no more, and a lost record spoils no more
 
@@ -187,7 +185,7 @@ def _taken(waiting: deque) -> list:
 
 Rollout._flush, Rollout._record = _flush, _record
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #95329c59
+# %% ../../nbs/70_serving/25_rollout.ipynb #7aaf3a28
 def _split(self: Rollout, p: dict, explain: bool) -> Scored:
     "Score a payment by the bundle that its payer falls to; by the champion if the challenger fails."
     plan, champion, challenger, tallies = self.now
@@ -213,7 +211,7 @@ def _roll_back(self: Rollout, why: str):
 def _ruled(self: Rollout, p: dict) -> Scored:
     "A payment decided by the policy's rules, without a model."
     champion = self.now.champion
-    return Scored(champion.rule(p), champion.hidden(p))
+    return Scored(champion.rule(p), champion.shown(champion.hidden(p)))
 
 Rollout._split, Rollout._roll_back, Rollout._ruled = _split, _roll_back, _ruled
 
@@ -242,7 +240,7 @@ def shadow_one(self: Rollout) -> bool:
     scorer, p, s, caller = self.shadows.popleft()
     try:
         shared = s.look and s.look.of is scorer.state
-        told = Scored(scorer.again(s.look), s.payment) if shared else scorer.score([p], explain=False)[0]
+        told = Scored(scorer.again(s.look), {"payment_id": p["payment_id"]}) if shared else scorer.score([p], explain=False)[0]
     except Exception as e: log.error("Scoring in the shadow failed: %s.", type(e).__name__)
     else: self.unlogged.append(record("shadow", told, caller))
     return True

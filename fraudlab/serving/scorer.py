@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'encode_answer', 'decode_answer', 'NO_STATE', 'KILLED', 'PATIENCE', 'MISSED', 'CATCH_UP', 'Reason', 'Answer',
-           'Scored', 'Breaker', 'Scorer', 'Look', 'shown', 'stepped', 'judge']
+           'Scored', 'Breaker', 'Scorer', 'Look', 'seen_by', 'stepped', 'judge']
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #31e6b5b9
 import logging
@@ -57,7 +57,7 @@ class Answer(msgspec.Struct):
 class Scored(NamedTuple):
     "An answer, and what it was made from."
     answer: Answer
-    payment: dict               # its ids as tokens
+    payment: dict               # what is logged of it
     look: "Look | None" = None  # None: the payment was answered before
     parts: dict | None = None   # what each group of fields added to the log-odds, and `base`
 
@@ -87,6 +87,7 @@ class Scorer:
         self.state = State(bundle, state, patience=PATIENCE) if isinstance(state, str) else state
         policy = policies.from_dict(bundle.policy)
         self.probability, self.decide = calibrations.from_dict(bundle.calibration).probability, policies.compiled(policy)
+        self.personal = {field["name"] for field in bundle.fields if field["personal"]}
         self.named = bundle.model["name"], bundle.version, policy.version
         self.token, self.breaker, self.missed, self.caught_up = token, Breaker(), deque(maxlen=MISSED), deque()
 
@@ -103,6 +104,10 @@ class Scorer:
     def hidden(self, p: dict) -> dict:
         "`p` with tokens for ids."
         return p | {name: p[name] and self.token(p[name]) for name in ("payer_id", "payee_id")}
+
+    def shown(self, q: dict) -> dict:
+        "What may be kept of a payment with tokens: no personal field."
+        return {name: value for name, value in q.items() if value is not None and name not in self.personal}
 
     def tell(self, look: "Look", score: float | None, fallback: str = "") -> Answer:
         "What to answer on a score, without reasons."
@@ -154,7 +159,7 @@ def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, dict, Answer]]) -
     found = [(self._find(held, p, q), answer) for p, q, answer in late]
     for look, answer in found:
         if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
-    return [Scored(answer, look.payment, look) for look, answer in found if isinstance(look, Look)]
+    return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
 
 Scorer._remembered, Scorer._catch_up = _remembered, _catch_up
 
@@ -174,7 +179,7 @@ class Look(NamedTuple):
     score: float | None   # of a model with steps
     of: State             # that remembers it
 
-def shown(bundle, look: Look, dtype: np.dtype) -> Inputs:
+def seen_by(bundle, look: Look, dtype: np.dtype) -> Inputs:
     "What a model without steps is shown of a payment, without the dimension `B`."
     earlier = rows_before(dtype, look.past, look.time)
     return tokens_of(np.append(earlier["time"], look.time), np.concatenate([earlier["row"], look.row[None]]), bundle.history + 1)
@@ -190,7 +195,7 @@ def judge(bundle, looks: list[Look], dtype: np.dtype) -> list[float]:
     "Scores of payments by their rows and pasts alone; nothing is changed."
     if bundle.stepper: return [stepped(bundle.stepper, look)[0] if look.score is None else look.score for look in looks]
     if not looks: return []
-    return bundle.score(Inputs(*map(np.stack, zip(*(shown(bundle, look, dtype) for look in looks), strict=True)))).tolist()
+    return bundle.score(Inputs(*map(np.stack, zip(*(seen_by(bundle, look, dtype) for look in looks), strict=True)))).tolist()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000008
 def _work(self: Scorer, held: Held, payments: list[tuple[dict, dict]], explain: bool, fallback: str = "") -> list[Scored]:
@@ -201,7 +206,7 @@ def _work(self: Scorer, held: Held, payments: list[tuple[dict, dict]], explain: 
 
 def _find(self: Scorer, held: Held, p: dict, q: dict) -> Scored | Look:
     before = known(self.state, held, q)
-    return Scored(decode_answer(before.answer), q) if before and before.answer else self._look(held, p, q, before)
+    return Scored(decode_answer(before.answer), {"payment_id": q["payment_id"]}) if before and before.answer else self._look(held, p, q, before)
 
 def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Look:
     "Features, row and past of the payment `p`, with tokens `q`; a new one is then remembered, one that was back-filled is already."
@@ -222,7 +227,7 @@ def _answer(self: Scorer, held: Held, look: Look, score: float, explain: bool, f
         told = self._explained(look)
         answer.reasons, parts = [Reason(**r) for r in told.reasons], {"base": told.base} | told.contributions
     note_answer(self.state, held, look.payment, encode_answer(answer))
-    return Scored(answer, look.payment, look, parts)
+    return Scored(answer, self.shown(look.payment), look, parts)
 
 def _explained(self: Scorer, look: Look) -> Explained:
     memory = memory_of(self.stepper, look.past) if self.stepper else None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
-           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'name_of', 'update', 'keys_of', 'known',
-           'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row', 'report',
-           'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
+           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'update', 'keys_of',
+           'known', 'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row',
+           'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
@@ -87,8 +87,7 @@ class State:
         self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address, patience)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
-        self.made = made_for(bundle, self.engine.hash)
-        self.name = name_of(self.made)
+        self.made, self.name = made_for(bundle, self.engine.hash), memory_name(bundle)
         self.expiry = duration(expiry, "The expiry")
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
@@ -106,9 +105,9 @@ def made_for(bundle, engine: str = "") -> Made:
     memory = f"{bundle.memory if stepper.size else 'any'}, {stepper.size} bytes" if stepper else ""
     return Made(engine, text_hash(msgspec.json.encode(bundle.columns).decode()), 0 if stepper else bundle.history, memory)
 
-def name_of(made: Made) -> str:
-    "By which a record of a payment says what it went into."
-    return text_hash(msgspec.json.encode(made).decode())[:12]
+def memory_name(bundle) -> str:
+    "First digits of the hash of what a state of `bundle` is made for."
+    return text_hash(msgspec.json.encode(made_for(bundle)).decode())[:12]
 
 COMPARED = ("event_time", "payer_id", "payee_id", "amount")   # two payments that differ in one of these are two
 
