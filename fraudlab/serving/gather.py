@@ -27,6 +27,7 @@ class Gather:
     async def one(self, payment: dict, caller: Caller, explain: bool) -> Answer:
         "The answer to `payment`."
         loop = asyncio.get_running_loop()
+        if any(payment["payment_id"] == other["payment_id"] for other, *_ in self.waiting): self.flush()    # one that is sent again is answered again
         self.waiting.append((payment, caller, explain, answer := loop.create_future()))
         if len(self.waiting) >= self.most: self.flush()
         elif len(self.waiting) == 1: loop.call_later(self.wait, self.flush)
