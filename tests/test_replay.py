@@ -196,7 +196,7 @@ def test_what_a_rollout_answers_is_replayed(bundles, tmp_path):
     made = {name: bundles[0][name] for name in ("steps", "history")}
 
     def opened(name, rollout):
-        return Scorer(made[name], rollout.state(made[name], f"sqlite:{tmp_path / name}"), token=lambda id: f"t-{id}")
+        return Scorer(made[name], rollout.state(made[name], f"sqlite:{tmp_path / name}"), tokens=lambda id: [f"t-{id}"])
 
     rollout = Rollout(opened, tmp_path / "plan", AuditLog(tmp_path / "log", create_key(tmp_path / "k", ed25519=True).private))
     plans = [Plan("history", challenger="steps"), Plan("steps", challenger="history"), Plan("steps", killed=True), Plan("steps")]
