@@ -13,12 +13,14 @@ from fraudlab.core.settings import settings
 from fraudlab.data.tokens import guard_logs
 from fraudlab.serving.access import Access
 from fraudlab.serving.bento import check_start, open_rollout
+from fraudlab.serving.connection import guard_connections
 from fraudlab.serving.service import Door
 from fraudlab.serving.service import Service as Scorer
 
 HERE = Path(__file__).resolve().parent
 logging.getLogger("fraudlab").setLevel(logging.INFO)
 guard_logs()
+guard_connections()
 scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
 
