@@ -62,7 +62,7 @@ class Service:
     """A scorer whose answers are logged, at times that a test may choose."""
 
     def __init__(self, bundle, folder, state="sqlite::memory:"):
-        self.scorer, self.count = Scorer(bundle, state, token=lambda id: f"t-{id}"), 0
+        self.scorer, self.count = Scorer(bundle, state, tokens=lambda id: [f"t-{id}"]), 0
         self.log = AuditLog(folder, create_key(folder.parent / f"key-{np.random.default_rng().integers(1 << 62)}", ed25519=True).private)
 
     def records(self, payments: list[dict], kind: str = "answer") -> list[dict]:
@@ -196,7 +196,7 @@ def test_what_a_rollout_answers_is_replayed(bundles, tmp_path):
     made = {name: bundles[0][name] for name in ("steps", "history")}
 
     def opened(name, rollout):
-        return Scorer(made[name], rollout.state(made[name], f"sqlite:{tmp_path / name}"), token=lambda id: f"t-{id}")
+        return Scorer(made[name], rollout.state(made[name], f"sqlite:{tmp_path / name}"), tokens=lambda id: [f"t-{id}"])
 
     rollout = Rollout(opened, tmp_path / "plan", AuditLog(tmp_path / "log", create_key(tmp_path / "k", ed25519=True).private))
     plans = [Plan("history", challenger="steps"), Plan("steps", challenger="history"), Plan("steps", killed=True), Plan("steps")]
@@ -239,6 +239,20 @@ def test_bundles_with_one_memory_share_it_and_others_do_not(bundles, tmp_path):
     assert again.earlier == 5
     with pytest.raises(ValueError, match=f"answered by bundle {one.version}"):
         replay(tmp_path / "log", other, "p0")
+
+
+@pytest.mark.parametrize("name", ["steps", "history"])
+def test_under_a_new_key_for_tokens_the_log_begins_with_an_anchor(bundles, tmp_path, name):
+    bundle = bundles[0][name]
+    service = Service(bundle, tmp_path / "log")
+    for i in range(6):
+        if i == 3:
+            service.scorer.tokens = lambda id: [f"new-{id}", f"t-{id}"]
+        service.answer(payment(i))
+    service.log.close()
+    again = [replay(tmp_path / "log", bundle, f"p{i}") for i in range(6)]
+    assert all(r.exact for r in again)
+    assert [r.earlier for r in again] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_state_that_began_anew_has_its_own_run(bundles, tmp_path):

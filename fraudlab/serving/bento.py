@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 
 from ..core.runs import package_hash, text_hash, write_text
 from ..core.settings import settings
-from ..data.tokens import open_keys
+from ..data.tokens import TokenKeys, open_keys
 from ..governance.audit_log import AuditLog
 from ..governance.signing import create_key, find_keys, verify
 from .access import Access, check_address, tls_arguments
@@ -60,7 +60,7 @@ def in_lab(address: str) -> str:
     kind, _, path = address.partition(":")
     return f"{kind}:{settings().root / path}" if kind in ("lmdb", "sqlite") and path != ":memory:" else address
 
-# %% ../../nbs/70_serving/40_bento.ipynb #8debdc7f
+# %% ../../nbs/70_serving/40_bento.ipynb #93cc10c9
 def folder_of(name: str) -> Path:
     "Folder of the bundle `name`; raises `ValueError` for one that is not the lab's, unless the service started with it."
     s = settings()
@@ -68,10 +68,9 @@ def folder_of(name: str) -> Path:
     if s.bundle and s.root / s.bundle == Path(name): return Path(name)
     raise ValueError(f"'{name}' is no name of a bundle: give that of a folder in {s.bundles}.")
 
-def entity_tokens() -> Callable[[str], str]:
-    "The function that makes a token of a payer's or a payee's id."
-    keys = open_keys(settings().token_keys, create=True)
-    return lambda id: keys.token(id, "entity")
+def entity_tokens(keys: TokenKeys) -> Callable[[str], list[str]]:
+    "The function that makes tokens of a payer's or a payee's id."
+    return lambda id: keys.tokens(id, "entity")
 
 def open_scorer(name: str, rollout: Rollout, public_key: Path, packed: Path | None = None) -> Scorer:
     "A scorer with the bundle `name` (or the `packed` one), verified and compiled, and its state, which it may share."
@@ -79,7 +78,7 @@ def open_scorer(name: str, rollout: Rollout, public_key: Path, packed: Path | No
     bundle.warm()
     address, made = in_lab(settings().state), made_for(bundle)
     if not address or address in rollout.states and rollout.states[address][0].made != made: address = state_address(bundle)
-    return Scorer(bundle, rollout.state(bundle, address), entity_tokens())
+    return Scorer(bundle, rollout.state(bundle, address), entity_tokens(rollout.keys))
 
 def open_rollout(service: Path) -> Rollout:
     "What the plan says, or, where there is none, the chosen bundle alone."
@@ -87,7 +86,8 @@ def open_rollout(service: Path) -> Rollout:
     own = s.keys / "audit"
     signing = find_keys(own) or create_key(own, ed25519=True)
     packed = folder if folder == service / "bundle" else None
-    rollout = Rollout(lambda name, rollout: open_scorer(name, rollout, key, packed), Path(s.rollout), AuditLog(s.audit, signing.private))
+    rollout = Rollout(lambda name, rollout: open_scorer(name, rollout, key, packed), Path(s.rollout), AuditLog(s.audit, signing.private),
+                      open_keys(s.token_keys, create=True))
     plan = read_plan(rollout.path) if rollout.path.exists() else Plan(packed.name if packed else str(folder))
     rollout.begin(rollout.prepare(plan))
     rollout.write()

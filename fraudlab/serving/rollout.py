@@ -106,7 +106,7 @@ ANCHOR = 64   # payments of a payer from one anchor to the next: a replay reads 
 
 def _now() -> int: return time.time_ns() // 1000
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #db4df27e
+# %% ../../nbs/70_serving/25_rollout.ipynb #2bf17415
 class Serving(NamedTuple):
     "What answers now."
     plan: Plan
@@ -123,8 +123,9 @@ class Rollout:
         open_scorer: Callable[[str, "Rollout"], Scorer],   # of a bundle's folder; verifies it
         path: Path,                                        # of the plan
         audit_log,                                         # `governance.audit_log.AuditLog`
+        keys=None,                                         # `data.tokens.TokenKeys`, read again when they change
     ):
-        self.open, self.path, self.log, self.now = open_scorer, path, audit_log, None
+        self.open, self.path, self.log, self.keys, self.now = open_scorer, path, audit_log, keys, None
         self.shadows, self.dropped, self.unlogged, self.states = deque(), 0, deque(), {}
 
     def score(self, payments: list[dict], caller: Caller = Caller(), explain: bool = True) -> list[Answer]:
@@ -185,11 +186,11 @@ def _taken(waiting: deque) -> list:
 
 Rollout._flush, Rollout._record = _flush, _record
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #7aaf3a28
+# %% ../../nbs/70_serving/25_rollout.ipynb #83516f26
 def _split(self: Rollout, p: dict, explain: bool) -> Scored:
     "Score a payment by the bundle that its payer falls to; by the champion if the challenger fails."
     plan, champion, challenger, tallies = self.now
-    trying, began = in_canary(p["payer_id"] and champion.token(p["payer_id"]), plan.challenger, plan.canary), time.perf_counter()
+    trying, began = in_canary(champion.hidden(p)[-1]["payer_id"], plan.challenger, plan.canary), time.perf_counter()
     try: (scored,) = (challenger if trying else champion).score([p], explain)
     except (Conflict, AuditError): raise
     except Exception as e:
@@ -211,7 +212,7 @@ def _roll_back(self: Rollout, why: str):
 def _ruled(self: Rollout, p: dict) -> Scored:
     "A payment decided by the policy's rules, without a model."
     champion = self.now.champion
-    return Scored(champion.rule(p), champion.shown(champion.hidden(p)))
+    return Scored(champion.rule(p), champion.shown(champion.hidden(p)[0]))
 
 Rollout._split, Rollout._roll_back, Rollout._ruled = _split, _roll_back, _ruled
 
@@ -275,7 +276,7 @@ def begin(self: Rollout, serving: Serving, caller: Caller = Caller()):
 
 Rollout.prepare, Rollout.begin = prepare, begin
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #5a8667a2
+# %% ../../nbs/70_serving/25_rollout.ipynb #9807ec3f
 def write(self: Rollout):
     "Write the plan that is in force, for the other workers and for the next start."
     write_plan(self.path, self.now.plan)
@@ -283,6 +284,7 @@ def write(self: Rollout):
 
 def changed(self: Rollout) -> Plan | None:
     "The plan in the file, if that was written since it was last looked at and says something else."
+    if self.keys: self.keys.refresh()
     if (stamp := _stamp(self.path)) == self.stamp: return None
     self.stamp = stamp
     plan = read_plan(self.path)

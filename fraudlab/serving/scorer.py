@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -30,7 +30,7 @@ from ..governance.policy import Decision
 from .bundle import tokens_of
 from .reasons import Explained, Reasons
 from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, memory_of, note_answer, once, past_of,
-                                    report, rows_before, sweep, take, update)
+                                    rename, report, rows_before, sweep, take, update)
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -81,7 +81,7 @@ class Scorer:
     def __init__(self,
         bundle,                                          # `serving.bundle.Bundle`, verified
         state: State | str,                              # made for this bundle, or for one whose state it may share; or a store's address
-        token: Callable[[str], str] = lambda id: id,     # what is kept of a payer's and a payee's id
+        tokens: Callable[[str], list[str]] = lambda id: [id],   # what is kept of a payer's or payee's id; after it, what older keys made of it
     ):
         self.bundle, self.stepper, self.encoding = bundle, bundle.stepper, Encoding.from_dict(bundle.columns)
         self.state = State(bundle, state, patience=PATIENCE) if isinstance(state, str) else state
@@ -89,7 +89,7 @@ class Scorer:
         self.probability, self.decide = calibrations.from_dict(bundle.calibration).probability, policies.compiled(policy)
         self.personal = {field["name"] for field in bundle.fields if field["personal"]}
         self.named = bundle.model["name"], bundle.version, policy.version
-        self.token, self.breaker, self.missed, self.caught_up = token, Breaker(), deque(maxlen=MISSED), deque()
+        self.tokens, self.breaker, self.missed, self.caught_up = tokens, Breaker(), deque(maxlen=MISSED), deque()
 
     def score(self, payments: list[dict], explain: bool = False) -> list[Scored]:
         "Scores of `payments` (dicts of the contract's and the declared fields); all are remembered, or, on an error, none."
@@ -101,9 +101,11 @@ class Scorer:
         self.missed.extend((*one, s.answer) for one, s in zip(payments, scored, strict=True))
         return scored
 
-    def hidden(self, p: dict) -> dict:
-        "`p` with tokens for ids."
-        return p | {name: p[name] and self.token(p[name]) for name in ("payer_id", "payee_id")}
+    def hidden(self, p: dict) -> list[dict]:
+        "`p` with tokens for ids, as each key makes them, the current one first."
+        payer, payee = (repeat(None) if p[name] is None else self.tokens(p[name]) for name in ("payer_id", "payee_id"))
+        if p["payer_id"] is p["payee_id"] is None: return [p]
+        return [p | {"payer_id": a, "payee_id": b} for a, b in zip(payer, payee)]
 
     def shown(self, q: dict) -> dict:
         "What may be kept of a payment with tokens: no personal field."
@@ -144,19 +146,19 @@ class Scorer:
     def close(self): self.state.close()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000005
-def _remembered(self: Scorer, payments: list[tuple[dict, dict]], explain: bool) -> list[Scored]:
+def _remembered(self: Scorer, payments: list[tuple[dict, list[dict]]], explain: bool) -> list[Scored]:
     "Scores of payments, which are remembered, after some of those that the store missed."
     late = [self.missed[i] for i in range(min(CATCH_UP, len(self.missed)))]
     sweep(self.state, len(payments))
-    keys = chain(*(keys_of(self.state, q) for _, q, *_ in (*late, *payments)))
+    keys = chain(*(keys_of(self.state, q) for _, qs, *_ in (*late, *payments) for q in qs))
     caught_up, scored = update(self.state, keys, lambda held: (self._catch_up(held, late), self._work(held, payments, explain)))
     for _ in late: self.missed.popleft()
     self.caught_up.extend(caught_up)
     return scored
 
-def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, dict, Answer]]) -> list[Scored]:
+def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, list[dict], Answer]]) -> list[Scored]:
     "Let `held` remember payments that the store missed, with what they were answered."
-    found = [(self._find(held, p, q), answer) for p, q, answer in late]
+    found = [(self._find(held, p, qs), answer) for p, qs, answer in late]
     for look, answer in found:
         if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
     return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
@@ -198,13 +200,15 @@ def judge(bundle, looks: list[Look], dtype: np.dtype) -> list[float]:
     return bundle.score(Inputs(*map(np.stack, zip(*(seen_by(bundle, look, dtype) for look in looks), strict=True)))).tolist()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000008
-def _work(self: Scorer, held: Held, payments: list[tuple[dict, dict]], explain: bool, fallback: str = "") -> list[Scored]:
+def _work(self: Scorer, held: Held, payments: list[tuple[dict, list[dict]]], explain: bool, fallback: str = "") -> list[Scored]:
     "Score payments, which `held` then remembers; one that was answered before gets its answer again."
-    found = [self._find(held, p, q) for p, q in payments]
+    found = [self._find(held, p, qs) for p, qs in payments]
     scores = iter(judge(self.bundle, [x for x in found if isinstance(x, Look)], self.state.dtype))
     return [self._answer(held, x, next(scores), explain, fallback) if isinstance(x, Look) else x for x in found]
 
-def _find(self: Scorer, held: Held, p: dict, q: dict) -> Scored | Look:
+def _find(self: Scorer, held: Held, p: dict, qs: list[dict]) -> Scored | Look:
+    q, *older = qs
+    for old in older: rename(self.state, held, old, q)
     before = known(self.state, held, q)
     return Scored(decode_answer(before.answer), {"payment_id": q["payment_id"]}) if before and before.answer else self._look(held, p, q, before)
 

@@ -6,7 +6,7 @@
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
            'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'update', 'keys_of',
            'known', 'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row',
-           'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
+           'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
@@ -235,6 +235,21 @@ def keep_row(state: State, held: Held, p: dict, past: Past, row: np.ndarray):
         held[key] = _headed(past, time, rows.tobytes())
 
 def _headed(before: Past, time: int, blob: bytes) -> bytes: return _HEAD.pack(before.n + 1, max(before.newest, time)) + blob
+
+# %% ../../nbs/70_serving/10_state.ipynb #7b000021
+def rename(state: State, held: Held, old: dict, new: dict):
+    "Move what `held` has under the tokens of the payment `old` to those of `new`, the same payment under a newer key."
+    past = _past_key(state, new["payer_id"])
+    for a, b in zip(keys_of(state, old), keys_of(state, new), strict=True):
+        if a == b or held.get(a) is None or held.get(b) is not None: continue
+        held[a], held[b] = None, _counted_anew(held[a]) if b == past else held[a]
+    key = _seen_key(new["payment_id"])
+    if (blob := held.get(key)) and (found := seen(blob)).values == _values(state, old):
+        held[key] = pack(msgspec.structs.replace(found, values=_values(state, new)))
+
+def _counted_anew(blob: bytes) -> bytes:
+    "A past as it is, with none of the payments in it: what is logged under a new token cannot be told from what was logged before."
+    return _HEAD.pack(0, _HEAD.unpack_from(blob)[1]) + blob[COUNT:]
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
