@@ -106,7 +106,7 @@ ANCHOR = 64   # payments of a payer from one anchor to the next: a replay reads 
 
 def _now() -> int: return time.time_ns() // 1000
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #2bf17415
+# %% ../../nbs/70_serving/25_rollout.ipynb #85674605
 class Serving(NamedTuple):
     "What answers now."
     plan: Plan
@@ -128,15 +128,16 @@ class Rollout:
         self.open, self.path, self.log, self.keys, self.now = open_scorer, path, audit_log, keys, None
         self.shadows, self.dropped, self.unlogged, self.states = deque(), 0, deque(), {}
 
-    def score(self, payments: list[dict], caller: Caller = Caller(), explain: bool = True) -> list[Answer]:
+    def score(self, payments: list[dict], caller: Caller | list[Caller] = Caller(), explain: bool = True) -> list[Answer]:
         "Answers, each of which is in the audit log; `AuditError` where that cannot be, `Conflict` for a payment that contradicts another."
         self._flush()
+        callers = caller if isinstance(caller, list) else [caller] * len(payments)
         if self.now.plan.killed: scored = [self._ruled(p) for p in payments]
         elif self.now.plan.canary: scored = [self._split(p, explain) for p in payments]
         else: scored = self.now.champion.score(payments, explain)
-        self._record([record("answer" if s.look or s.answer.fallback else "repeat", s, caller) for s in scored])
-        if self.now.challenger or self.now.plan.killed: self._shadow(payments, scored, caller)
-        for s in scored: s.answer.request_id = caller.request_id
+        for s, c in zip(scored, callers, strict=True): s.answer.request_id = c.request_id
+        self._record([record("answer" if s.look or s.answer.fallback else "repeat", s, c) for s, c in zip(scored, callers, strict=True)])
+        if self.now.challenger or self.now.plan.killed: self._shadow(payments, scored, callers)
         return [s.answer for s in scored]
 
     def report(self, labels: list[dict], caller: Caller = Caller()) -> int:
@@ -216,7 +217,7 @@ def _ruled(self: Rollout, p: dict) -> Scored:
 
 Rollout._split, Rollout._roll_back, Rollout._ruled = _split, _roll_back, _ruled
 
-# %% ../../nbs/70_serving/25_rollout.ipynb #33c8811c
+# %% ../../nbs/70_serving/25_rollout.ipynb #14298d42
 class Waiting(NamedTuple):
     "A payment that another scorer than the one that answered is to see."
     scorer: Scorer
@@ -224,10 +225,10 @@ class Waiting(NamedTuple):
     scored: Scored
     caller: Caller
 
-def _shadow(self: Rollout, payments: list[dict], scored: list[Scored], caller: Caller):
+def _shadow(self: Rollout, payments: list[dict], scored: list[Scored], callers: list[Caller]):
     "Put payments in line for the scorer that did not answer them."
     plan, champion, challenger, _ = self.now
-    for p, s in zip(payments, scored, strict=True):
+    for p, s, caller in zip(payments, scored, callers, strict=True):
         if s.look is None and not plan.killed: continue                # answered before, and seen then
         other = champion if plan.killed or s.answer.bundle == challenger.bundle.version else challenger
         self.shadows.append(Waiting(other, p, s, caller))
