@@ -3200,6 +3200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state._claim': ('70_serving/state.html#_claim', 'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state._compile': ('70_serving/state.html#_compile', 'fraudlab/serving/state.py'),
+                                        'fraudlab.serving.state._counted_anew': ( '70_serving/state.html#_counted_anew',
+                                                                                  'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state._engine_keys': ( '70_serving/state.html#_engine_keys',
                                                                                  'fraudlab/serving/state.py'),
                                         'fraudlab.serving.state._headed': ('70_serving/state.html#_headed', 'fraudlab/serving/state.py'),

@@ -241,6 +241,20 @@ def test_bundles_with_one_memory_share_it_and_others_do_not(bundles, tmp_path):
         replay(tmp_path / "log", other, "p0")
 
 
+@pytest.mark.parametrize("name", ["steps", "history"])
+def test_under_a_new_key_for_tokens_the_log_begins_with_an_anchor(bundles, tmp_path, name):
+    bundle = bundles[0][name]
+    service = Service(bundle, tmp_path / "log")
+    for i in range(6):
+        if i == 3:
+            service.scorer.tokens = lambda id: [f"new-{id}", f"t-{id}"]
+        service.answer(payment(i))
+    service.log.close()
+    again = [replay(tmp_path / "log", bundle, f"p{i}") for i in range(6)]
+    assert all(r.exact for r in again)
+    assert [r.earlier for r in again] == [0, 1, 2, 0, 1, 2]
+
+
 def test_a_state_that_began_anew_has_its_own_run(bundles, tmp_path):
     bundle = bundles[0]["steps"]
     for k in range(2):

@@ -239,11 +239,17 @@ def _headed(before: Past, time: int, blob: bytes) -> bytes: return _HEAD.pack(be
 # %% ../../nbs/70_serving/10_state.ipynb #7b000021
 def rename(state: State, held: Held, old: dict, new: dict):
     "Move what `held` has under the tokens of the payment `old` to those of `new`, the same payment under a newer key."
+    past = _past_key(state, new["payer_id"])
     for a, b in zip(keys_of(state, old), keys_of(state, new), strict=True):
-        if a != b and held.get(a) is not None and held.get(b) is None: held[a], held[b] = None, held[a]
+        if a == b or held.get(a) is None or held.get(b) is not None: continue
+        held[a], held[b] = None, _counted_anew(held[a]) if b == past else held[a]
     key = _seen_key(new["payment_id"])
     if (blob := held.get(key)) and (found := seen(blob)).values == _values(state, old):
         held[key] = pack(msgspec.structs.replace(found, values=_values(state, new)))
+
+def _counted_anew(blob: bytes) -> bytes:
+    "A past as it is, with none of the payments in it: what is logged under a new token cannot be told from what was logged before."
+    return _HEAD.pack(0, _HEAD.unpack_from(blob)[1]) + blob[COUNT:]
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
