@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fraudlab.governance import audit_log
-from fraudlab.governance.audit_log import CHECKPOINTS, AuditError, AuditLog, read, verify
+from fraudlab.governance.audit_log import CHECKPOINTS, TAIL, AuditError, AuditLog, Mark, read, seal, verify
 from fraudlab.governance.signing import create_key
 
 WRITER = """
@@ -109,7 +110,7 @@ def changes(content: list[bytes], random: random.Random):
     yield "removed", content[:i] + content[i + 1 :], i
     yield "reordered", [*content[:i], content[j], *content[i + 1 : j], content[i], *content[j + 1 :]], i
     yield "inserted", content[: j + 1] + content[i:], j + 1
-    yield "inserted", content[:j] + [content[i]] + content[j:], j
+    yield "inserted", [*content[:j], content[i], *content[j:]], j
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -124,7 +125,7 @@ def test_lines_removed_reordered_and_repeated_are_found(written, keys, seed):
         if (found.file, found.line) == (path.name, at + 1):
             assert found.why.startswith(why)
         else:
-            assert why == "removed" and at == len(content) - 1
+            assert (why, at) == ("removed", len(content) - 1)
     path.write_bytes(b"".join(content))
 
 
@@ -186,6 +187,29 @@ def test_another_key_and_a_forged_chain_are_found(written, keys, tmp_path):
     (found,) = verify(written, keys.public).broken
     assert found.file == path.name
     assert "without any checkpoint" in found.why
+
+
+def rehashed(path: Path, mark: Mark, change) -> Mark:
+    """Change a file's lines, and compute their hashes anew, as one would who knows how the log is made."""
+    made = b""
+    for line in lines(path):
+        sealed, hash = seal(mark.hash, re.sub(rb'(?<="before":")\w+', mark.hash, change(line[: -TAIL - 1])))
+        made, mark = made + sealed, Mark(mark.n + 1, hash)
+    path.write_bytes(made)
+    return mark
+
+
+def test_hashes_made_anew_are_found_by_the_signatures(written, keys):
+    kept, mark = {path: path.read_bytes() for path in sorted(written.glob("b*.jsonl"))}, Mark()
+    for path in kept:
+        mark = rehashed(path, mark, lambda body: body)
+    assert {path: path.read_bytes() for path in kept} == kept  # that is how it is made
+    mark = Mark()
+    for path in kept:
+        mark = rehashed(path, mark, lambda body: body.replace(b'"b8"', b'"b9"'))  # the last record
+    (found,) = verify(written, keys.public).broken
+    assert "hashes made anew" in found.why
+    assert found.file == path.name
 
 
 def test_the_end_of_a_log_cut_at_any_byte_is_found(written, keys):
@@ -269,7 +293,11 @@ def test_processes_write_beside_one_another(tmp_path, keys):
 
 def test_threads_append_to_one_chain(tmp_path, keys):
     with AuditLog(tmp_path / "log", keys.private, segment=5000, window=0.001) as log:
-        work = lambda name: [log.append({"request_id": f"{name}{i}", "at": i}) for i in range(200)]
+
+        def work(name: str):
+            for i in range(200):
+                log.append({"request_id": f"{name}{i}", "at": i})
+
         threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
         for thread in threads:
             thread.start()
@@ -297,11 +325,11 @@ def test_a_full_disk(small_disk, keys):
         try:
             log.append({"request_id": str(i), "at": i} | more)
         except AuditError as e:
-            assert e.errno == errno.ENOSPC
+            told.add(e.errno)
             return False
         return True
 
-    ballast, folder = small_disk / "ballast", small_disk / "log"
+    ballast, folder, told = small_disk / "ballast", small_disk / "log", set()
     ballast.write_bytes(bytes(500_000))
     log = AuditLog(folder, keys.private, segment=400_000, window=0.001)
     answered = [i for i in range(3000) if logged(i, row="A" * 1000)]
@@ -311,6 +339,7 @@ def test_a_full_disk(small_disk, keys):
     ballast.unlink()
     wait_until(lambda: logged(3000))
     log.close()
+    assert told == {errno.ENOSPC}
     report = verify(folder, keys.public)
     assert not report.broken
     assert report.unsigned == 0
@@ -365,6 +394,14 @@ def test_what_was_written_in_half_is_cut_off_later_if_not_at_once(tmp_path, keys
     assert ids(tmp_path / "log") == ["2"]
 
 
+def test_nothing_is_cut_where_nothing_failed(tmp_path, keys, monkeypatch):
+    monkeypatch.setattr(audit_log.os, "ftruncate", None)
+    with AuditLog(tmp_path / "log", keys.private, segment=300) as log:
+        for i in range(5):
+            log.append({"request_id": str(i)})
+    assert len(ids(tmp_path / "log")) == 5
+
+
 def test_an_interrupted_append_leaves_the_chain_whole(tmp_path, keys, monkeypatch):
     log = AuditLog(tmp_path / "log", keys.private)
     write = os.write
@@ -403,7 +440,11 @@ def test_a_failing_fsync_is_told_to_the_next_append(tmp_path, keys, monkeypatch)
             log.append({"request_id": "1"})
         assert told.value.errno == errno.EIO
     time.sleep(0.05)
-    assert len(list((tmp_path / "log").glob("*.0*.jsonl"))) <= 2  # tries leave no files behind
+    monkeypatch.setattr(audit_log, "RETRY", 60)  # tries leave no files behind
+    time.sleep(0.05)
+    assert len(list((tmp_path / "log").glob("*.0*.jsonl"))) == 1
+    monkeypatch.setattr(audit_log, "RETRY", 0.01)
+    log._wake.set()
     fail.clear()
     wait_until(lambda: not log._trouble)
     log.append({"request_id": "2"})
@@ -426,6 +467,35 @@ def test_a_failing_fsync_is_told_to_the_next_append(tmp_path, keys, monkeypatch)
     notes = [m[1] for p in sorted((tmp_path / "log").glob("*.0*.jsonl")) if (m := re.search(r'"note":"([^"]*)', p.read_text()))]
     assert notes[0] == ""
     assert all("Input/output error" in note for note in notes[1:])
+
+
+def test_an_fsync_that_the_operating_system_fails(tmp_path, keys):
+    """Injected into the system call of a real process."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    code = """
+import sys, time
+from fraudlab.governance.audit_log import AuditError, AuditLog
+log, told, answered = AuditLog(sys.argv[1], sys.argv[2], window=.002), 0, []
+while not told or len(answered) < 100:
+    try: log.append({"request_id": str(len(answered)), "at": len(answered)})
+    except AuditError as e: told += 1
+    else: answered.append(0)
+    time.sleep(.001)
+log.close()
+print(told, len(answered))
+"""
+    inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=8"]
+    command = [*inject, sys.executable, "-c", code, str(tmp_path / "log"), str(keys.private)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip("processes cannot be traced here")
+    told, answered = map(int, done.stdout.split())
+    assert told >= 1
+    report = verify(tmp_path / "log", keys.public)
+    assert not report.broken
+    assert report.records == answered
+    assert "Input/output error" in sorted((tmp_path / "log").glob("*.00001.jsonl"))[0].read_text()
 
 
 def test_an_fsync_that_does_not_come_back_stops_the_log(tmp_path, keys, monkeypatch):
@@ -456,6 +526,7 @@ def test_checkpoints_are_signed_by_time_and_when_idle(tmp_path, keys, monkeypatc
         log.append({"request_id": str(i)})
         wait_until(lambda: verify(tmp_path / "log", keys.public).unsigned == 0)
     assert verify(tmp_path / "log", keys.public).checkpoints >= 3
+    wait_until(lambda: log._signed == log._mark)
     k = log._k
     time.sleep(0.2)
     assert log._k == k  # nothing new, nothing signed
@@ -509,15 +580,17 @@ log.close()
 def test_command(written, keys):
     from fraudlab.cli import app
 
-    ask = lambda *more: CliRunner().invoke(app, ["audit-log", "verify", str(written), "--public-key", str(keys.public), *more])
-    whole = ask()
+    def ask(folder: Path):
+        return CliRunner().invoke(app, ["audit-log", "verify", str(folder), "--public-key", str(keys.public)])
+
+    whole = ask(written)
     assert whole.exit_code == 0
     assert "records      18" in whole.output
     path = sorted(written.glob("a*.jsonl"))[0]
     path.write_bytes(path.read_bytes().replace(b'"a0"', b'"a9"'))
-    broken = ask()
+    broken = ask(written)
     assert broken.exit_code == 1
     assert f"{path.name}, line 2: changed" in broken.output
-    missing = CliRunner().invoke(app, ["audit-log", "verify", str(written / "no"), "--public-key", str(keys.public)])
+    missing = ask(written / "no")
     assert missing.exit_code == 1
     assert "No audit log" in missing.output

@@ -120,9 +120,10 @@ LOADS = """
     from fraudlab.serving.bundle import example
     from fraudlab.serving.http import payment_reader
 
-    scorer = service.open_scorer(service.HERE)
-    payments, _ = payment_reader(scorer.bundle)(json.dumps(example(scorer.bundle)).encode())
-    print(fraudlab.__file__, scorer.score(payments)[0].answer.score)
+    rollout = service.open_rollout(service.HERE)
+    bundle = rollout.now.champion.bundle
+    payments, _ = payment_reader(bundle)(json.dumps(example(bundle)).encode())
+    print(fraudlab.__file__, rollout.score(payments)[0].score)
 """
 
 
@@ -131,6 +132,7 @@ def test_the_locked_packages_are_enough(packed, unpacked, tmp_path):
     assert "jupyterlab" in {d.metadata["Name"] for d in metadata.distributions()}, "nothing would be hidden"
     command = [sys.executable, "-c", textwrap.dedent(LOADS), packed[0], unpacked]
     environment = ALONE | {"BENTOML_HOME": str(tmp_path), "FRAUDLAB_STATE": f"lmdb:{tmp_path}/state.lmdb"}
+    environment |= {f"FRAUDLAB_{name}": f"{tmp_path}/{name}" for name in ("DATA", "KEYS")}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     file, score = done.stdout.split()

@@ -123,3 +123,14 @@ def test_table_of_differences_and_gaps(scores):
 @pytest.mark.parametrize("plot", PLOTS)
 def test_many_models_fit_in_one_chart(plot, scores):
     assert len(data_of(plot({f"model {i}": scores["boosted"] for i in range(30)}))) <= 5000
+
+
+def test_thresholds_are_counted_from_the_payments(scores):
+    chart = plots.thresholds(scores["decoder"], {"challenge": 0.03, "decline": 0.4})
+    points = pl.DataFrame(max(chart.to_dict()["datasets"].values(), key=lambda rows: "share" in rows[0]))
+    for row in points.gather_every(20).iter_rows(named=True):
+        above = scores["decoder"].filter(pl.col("score") >= 1 / (1 + np.exp(-row["threshold"])))
+        assert row["share"] == pytest.approx(len(above) / len(scores["decoder"]), abs=1e-4)
+        assert row["precision"] == pytest.approx(above["is_fraud"].mean(), abs=0.01)
+        assert row["recall"] == pytest.approx(above["is_fraud"].sum() / scores["decoder"]["is_fraud"].sum(), abs=0.01)
+    assert "p000" not in chart.to_json(), "no payment may be in a plot"

@@ -8,7 +8,7 @@ import pytest
 from fraudlab.core import pipelines, runner
 
 ROOT = Path(__file__).parents[1]
-FILES = [p for p in sorted((ROOT / "params").rglob("*.yaml")) if p.parent.name != "mappings"]
+FILES = [p for p in sorted((ROOT / "params").rglob("*.yaml")) if p.parent.name not in ("mappings", "policies")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())

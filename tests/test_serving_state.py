@@ -441,3 +441,31 @@ def test_while_the_store_stands_still_payments_are_scored_from_their_own_fields_
     assert [s.answer for s in scorer.caught_up] == answers
     assert [x.answer for x in scorer.score(payments[20:30])] == answers  # told as they were
     np.testing.assert_allclose(scored(scorer, payments[32:]), usual[32:], atol=1e-6)
+
+
+def test_a_payers_past_is_let_go_when_it_expires(stepping, monkeypatch):
+    monkeypatch.setattr(states, "LOOKS", 16)
+    payments = stepping.payments.to_dicts()
+    scorer = Scorer(stepping.bundle, State(stepping.bundle, "sqlite::memory:", expiry="20d"))
+    scored(scorer, [payments[0] | {"payer_id": "gone"}])
+    for p in payments[1:]:
+        scored(scorer, [p])
+    kept = {key.decode() for key in everything(scorer) if key.startswith(b"=past=")}
+    assert kept == {f"=past={p['payer_id']}" for p in payments[-100:]}
+
+
+def test_a_new_key_for_tokens_loses_nothing(stepping, tmp_path):
+    payments = stepping.payments[:60].to_dicts()
+    usual = scored(Scorer(stepping.bundle, "sqlite::memory:"), payments)
+    keys = ["k1"]
+    scorer = Scorer(stepping.bundle, f"sqlite:{tmp_path}/state", tokens=lambda id: [f"{key}.{id}" for key in keys])
+    assert scored(scorer, payments[:30]) == usual[:30]
+    keys.insert(0, "k2")
+    # distinct payers are told apart by their tokens, and count twice while both are in a window
+    again = scored(scorer, payments[20:30])
+    assert again == usual[20:30]
+    for p in payments[30:]:
+        assert np.isfinite(scored(scorer, [p])[0])
+    names = {key for key in everything(scorer) if key.startswith((b"=past=", b"payer="))}
+    old = {p["payer_id"] for p in payments[:30]} - {p["payer_id"] for p in payments[20:]}
+    assert {n.split(b".")[1].decode() for n in names if b"k1." in n} <= old

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fraudlab.data.contract import Field
+from fraudlab.evaluation import calibration
 from fraudlab.features.definitions import FeatureSet, Row, Window
 from fraudlab.features.encoding import Column
-from fraudlab.evaluation import calibration
 from fraudlab.governance import policy, reason_texts
 from fraudlab.governance.signing import Keys, create_key
 from fraudlab.models.contract import Model
@@ -23,6 +23,7 @@ ANSWERS = {
     "calibration": calibration.to_dict(calibration.Calibration()),
     "policy": policy.to_dict(policy.DEFAULT),
     "reasons": reason_texts.to_dict(reason_texts.DEFAULT),
+    "fields": [],
 }  # what a bundle's card says of its answers
 FEATURES = FeatureSet(
     (Row("night", "night"), Window("payer_count_7d", "payer", "count", "7d"), Window("payer_mean_7d", "payer", "mean", "7d"))

@@ -12,6 +12,7 @@ import bentoml
 from fraudlab.core.settings import settings
 from fraudlab.serving.access import Access
 from fraudlab.serving.bento import check_start, open_rollout, tracer_provider
+from fraudlab.serving.connection import guard_connections
 from fraudlab.serving.observability import log_lines, trace_with
 from fraudlab.serving.service import Door
 from fraudlab.serving.service import Service as Scorer
@@ -19,6 +20,7 @@ from fraudlab.serving.service import Service as Scorer
 HERE = Path(__file__).resolve().parent
 logging.getLogger("fraudlab").setLevel(logging.INFO)
 log_lines(settings().log_format)
+guard_connections()
 scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
 

@@ -21,7 +21,7 @@ from ..core.errors import refuse_unknown
 from ..core.runs import text_hash
 from ..data.contract import Field
 
-# %% ../../nbs/60_governance/30_policy.ipynb #af52766f
+# %% ../../nbs/60_governance/30_policy.ipynb #84775871
 Value = str | bool | float
 
 class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -33,7 +33,8 @@ class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     def __post_init__(self):
         ways = (self.equals is not None) + bool(self.one_of) + (self.min is not None or self.max is not None)
-        if ways != 1: raise ValueError("A condition has equals, or one_of with a value or more, or min, max or both: give one of these three.")
+        if ways != 1:
+            raise ValueError("A condition has equals, or one_of with a value or more, or min, max or both: give one of these three.")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"A condition has min = {self.min} and max = {self.max}: no number is both. Swap them.")
 
@@ -61,7 +62,7 @@ class Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decline: float | None
     rules: tuple[Rule, ...]        # without the model
 
-# %% ../../nbs/60_governance/30_policy.ipynb #ba3ebc36
+# %% ../../nbs/60_governance/30_policy.ipynb #6f7c5e98
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "How payments are decided."
     name: str
@@ -81,9 +82,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "First 12 digits of the SHA-256 of its content."
         return text_hash(json.dumps(to_dict(self), sort_keys=True))[:12]
 
-def to_dict(policy: Policy) -> dict: return msgspec.to_builtins(policy)
+def to_dict(policy: Policy) -> dict:
+    "As plain data; 200 and 200.0 are written alike."
+    return msgspec.to_builtins(msgspec.convert(msgspec.to_builtins(policy), Policy))
 
-# %% ../../nbs/60_governance/30_policy.ipynb #2ef61347
+# %% ../../nbs/60_governance/30_policy.ipynb #fd3d412a
 DIGITS = 6    # of a threshold
 
 def _check_thresholds(at: str, of: Segment | Fallback):
@@ -99,12 +102,15 @@ def _check_order(what: str, ones: tuple):
     if not ones or ones[-1].where:
         raise ValueError(f"The last {what} must take every payment that is left: add one without 'where' at the end.")
     for n, one in enumerate(ones[:-1], 1):
-        if not one.where: raise ValueError(f"The {what} number {n} has no 'where', so that those after it are never reached: put it last, or give it conditions.")
+        if one.where: continue
+        raise ValueError(f"The {what} number {n} has no 'where', so that those after it are never reached: "
+                         "put it last, or give it conditions.")
 
-# %% ../../nbs/60_governance/30_policy.ipynb #c9299560
+# %% ../../nbs/60_governance/30_policy.ipynb #4931313b
 DEFAULT = Policy(
     name="default",
-    purpose="A beginning, to be replaced: where little is at stake a customer is troubled late, and declined when a fraud is likelier than not.",
+    purpose="A beginning, to be replaced: where little is at stake a customer is troubled late, "
+            "and declined when a fraud is likelier than not.",
     segments=(Segment("large", challenge=.03, decline=.3, where={"amount": Condition(min=200)}), Segment("all", challenge=.1, decline=.5)),
     fallback=Fallback(challenge=.1, decline=.9, rules=(Rule("challenge", {"amount": Condition(min=200)}), Rule("approve"))))
 
@@ -120,7 +126,7 @@ def read(path: str | Path) -> Policy:
     except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {e}") from None
     return from_dict(plain, str(path))
 
-# %% ../../nbs/60_governance/30_policy.ipynb #b4de47a1
+# %% ../../nbs/60_governance/30_policy.ipynb #833a078a
 OWN = {"amount": float, "currency": str}    # fields of every payment that may be asked
 KINDS = {"categorical": str, "text": str, "numeric": float, "boolean": bool}
 NAMES = {str: "text", float: "a number", bool: "true or false"}
@@ -138,7 +144,8 @@ def _check_value(policy: Policy, name: str, kind: type, c: Condition):
         raise ValueError(f"Policy '{policy.name}' asks for min or max of '{name}', which is {NAMES[kind]}: give equals or one_of.")
     for value in (c.equals, *c.one_of):
         if value is not None and type(value) is not kind:
-            raise ValueError(f"Policy '{policy.name}' compares '{name}' with {value!r}, but it is {NAMES[kind]}: give such a value, a text in quotes.")
+            raise ValueError(f"Policy '{policy.name}' compares '{name}' with {value!r}, but it is {NAMES[kind]}: "
+                             "give such a value, a text in quotes.")
 
 # %% ../../nbs/60_governance/30_policy.ipynb #2e74b3ce
 MARGIN = .5 * 10**-DIGITS    # below a threshold that still reaches it
@@ -190,7 +197,7 @@ def _one(name: str, c: Condition) -> Callable[[dict], bool]:
         return value is not None and least <= value <= most
     return between
 
-# %% ../../nbs/60_governance/30_policy.ipynb #d6e58193
+# %% ../../nbs/60_governance/30_policy.ipynb #0ae7c57b
 def outcomes(
     policy: Policy,
     payments: pl.DataFrame,   # the fields that it asks for, `is_fraud`, and `probability`
@@ -201,8 +208,9 @@ def outcomes(
     names = [s.name for s in policy.segments]
     decision = [decide(p, of) for p, of in zip(asked, payments["probability"].to_list(), strict=True)]
     kinds = {"segment": pl.Enum(names), "decision": pl.Enum(DECISIONS)}
-    told = pl.DataFrame({"segment": list(map(place, asked)), "decision": decision}, schema=kinds).hstack(payments.select("is_fraud", "amount"))
-    counted = told.group_by("segment", "decision").agg(payments=pl.len(), frauds=pl.col("is_fraud").sum(), fraud_amount=pl.col("amount").filter("is_fraud").sum())
+    told = pl.DataFrame({"segment": list(map(place, asked)), "decision": decision}, schema=kinds)
+    counted = told.hstack(payments.select("is_fraud", "amount")).group_by("segment", "decision").agg(
+        payments=pl.len(), frauds=pl.col("is_fraud").sum(), fraud_amount=pl.col("amount").filter("is_fraud").sum())
     share, precision = pl.col("payments") / pl.col("payments").sum().over("segment"), pl.col("frauds") / pl.col("payments")
     return counted.with_columns(share=share, precision=precision).sort("segment", "decision").select(
         "segment", "decision", "payments", "share", "frauds", "precision", "fraud_amount")

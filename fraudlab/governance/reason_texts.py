@@ -17,7 +17,7 @@ import yaml
 from ..core.errors import refuse_unknown
 from ..features.encoding import IDS, Column
 
-# %% ../../nbs/60_governance/35_reason_texts.ipynb #55002f4c
+# %% ../../nbs/60_governance/35_reason_texts.ipynb #a44b14ed
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "The words of one reason."
     text: str                        # a sentence
@@ -27,8 +27,10 @@ class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self):
         if not 10 <= len(self.text) <= 200 or not self.text.endswith(".") or any(sign in self.text for sign in "{}%<>"):
-            raise ValueError(f"The text {self.text!r}: give one sentence of 10 to 200 characters that ends with a full stop and has no place for a value.")
-        if not self.reviewed_by.strip() or self.version < 1: raise ValueError(f"The text {self.text!r} must say who has reviewed it, and its version, 1 or more.")
+            raise ValueError(f"The text {self.text!r}: give one sentence of 10 to 200 characters that ends with a full stop "
+                             "and has no place for a value.")
+        if not self.reviewed_by.strip() or self.version < 1:
+            raise ValueError(f"The text {self.text!r} must say who has reviewed it, and its version, 1 or more.")
 
 class Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "The texts of all reasons by code, and the payment that they are reasons beside."
@@ -63,29 +65,46 @@ def code_of(name: str, feature: dict | None) -> str:
     if "payer" in entity: return "timing" if take == "count" or kind in ("Since", "Velocity") and take != "same" else "payer_habit"
     return "payee_history" if "payee" in entity else "details"
 
-# %% ../../nbs/60_governance/35_reason_texts.ipynb #ddd9e3e8
+# %% ../../nbs/60_governance/35_reason_texts.ipynb #6841c15a
 def groups(
     texts: Texts,
     columns: Iterable[Column],
     features: list[dict],     # as `FeatureSet.to_dict` gives them
     history: bool,            # whether the model has a memory of payers, or is shown their earlier payments
 ) -> dict[str, np.ndarray]:
-    "By code which of the `F` numbers of a row belong to it, bool [F], in the texts' order; `history` has none. Raises `ValueError` where texts do not fit."
-    columns, named, made = tuple(columns), {}, {f["name"]: f for f in features}
+    """By code which of the `F` numbers of a row belong to it, bool [F], in the texts' order; to `history` none.
+    Raises `ValueError` where the texts do not fit the columns."""
+    columns, made = tuple(columns), {f["name"]: f for f in features}
+    named, numbers = _named(texts, columns), sum(c.width for c in columns)
+    if len(texts.reference) not in (0, numbers):
+        raise ValueError(f"The ordinary payment has {len(texts.reference)} numbers, and a row {numbers}: make it of these columns.")
+    codes = [named.get(c.name) or code_of(c.name, made.get(c.name)) for c in columns]
+    needed = {}
+    for code, c in zip(codes, columns, strict=True): needed.setdefault(code, f"column '{c.name}'")
+    if history: needed[HISTORY] = "the model's memory"
+    _check_needed(texts, needed)
+    wide = np.repeat(np.array(codes), [c.width for c in columns])
+    return {code: wide == code for code in texts.codes if code in needed}
+
+# %% ../../nbs/60_governance/35_reason_texts.ipynb #c9ec3da0
+def _check_needed(texts: Texts, needed: dict[str, str]):
+    "Raise `ValueError` for a code without a text, and for too many."
+    for code, of in needed.items():
+        if code not in texts.codes:
+            raise ValueError(f"There is no reason '{code}' for {of}: add its text, or name the column under another reason.")
+    if len(needed) > MOST:
+        raise ValueError(f"There are {len(needed)} reasons ({', '.join(sorted(needed))}), and there may be {MOST}: "
+                         "name the columns of some under others.")
+
+def _named(texts: Texts, columns: tuple[Column, ...]) -> dict[str, str]:
+    "Codes of the columns that texts name."
+    named = {}
     for code, text in texts.codes.items():
-        refuse_unknown(text.columns, [c.name for c in columns], f"column of this model (reason '{code}')")
+        refuse_unknown(text.columns, [c.name for c in columns] if code != HISTORY else [], f"column of this model (reason '{code}')")
         for name in text.columns:
             if name in named: raise ValueError(f"Column '{name}' belongs to the reasons '{named[name]}' and '{code}': leave it in one.")
             named[name] = code
-    if texts.reference and len(texts.reference) != sum(c.width for c in columns):
-        raise ValueError(f"The ordinary payment has {len(texts.reference)} numbers, and a row {sum(c.width for c in columns)}: make it of these columns, with `ordinary`.")
-    codes = [named.get(c.name) or code_of(c.name, made.get(c.name)) for c in columns]
-    needed = {*codes, HISTORY} if history else {*codes}
-    for code, name in [*zip(codes, [f"column '{c.name}'" for c in columns], strict=True), *[(HISTORY, "the model's memory")] * history]:
-        if code not in texts.codes: raise ValueError(f"There is no reason '{code}' for {name}: add its text, or name the column under another reason.")
-    if len(needed) > MOST: raise ValueError(f"{len(needed)} reasons ({', '.join(sorted(needed))}), and there may be {MOST}: name the columns of some under others.")
-    wide = np.repeat(np.array(codes), [c.width for c in columns])
-    return {code: wide == code for code in texts.codes if code in needed}
+    return named
 
 # %% ../../nbs/60_governance/35_reason_texts.ipynb #ac904930
 _SAYS = {

@@ -142,7 +142,7 @@ def tell_serving(champion, challenger=None):
         if bundle: _serving[role] = bundle_label(bundle.version), role, bundle.model["name"]
     for labels in _serving.values(): of(SERVING, *labels).set(1)
 
-# %% ../../nbs/70_serving/18_observability.ipynb #b16f7eb3
+# %% ../../nbs/70_serving/18_observability.ipynb #3f268bb8
 def count_answer(answer, to: str = "caller"):
     "Count what a payment was answered (`serving.scorer.Answer`), or would have been."
     bundle = bundle_label(answer.bundle)
@@ -153,14 +153,13 @@ def count_answer(answer, to: str = "caller"):
 def count_scored(scored: list):
     "Count a call's payments (`serving.scorer.Scored`)."
     CALL.observe(len(scored))
-    for answer, payment, look, _ in scored:
+    for answer, _, look, _ in scored:
         if look is None and answer.fallback != "kill_switch":
             REPEATS.inc()
             continue
         count_answer(answer)
         if answer.fallback: of(FALLBACKS, answer.fallback).inc()
-        elif look: of(PAYERS, "none" if payment["payer_id"] is None else "known" if look.known else "new").inc()
-    if (request := current.get()) and request.span: request.answers += [answer for answer, *_ in scored]
+        elif look: of(PAYERS, "none" if look.payment["payer_id"] is None else "known" if look.known else "new").inc()
 
 # %% ../../nbs/70_serving/18_observability.ipynb #42dfc0d8
 def forget_the_dead():

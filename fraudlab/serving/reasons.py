@@ -45,7 +45,7 @@ class Explained(NamedTuple):
         "Of the payment's score: the sum of all."
         return self.base + sum(self.contributions.values())
 
-# %% ../../nbs/70_serving/15_reasons.ipynb #c4e0cad8
+# %% ../../nbs/70_serving/15_reasons.ipynb #b931aa3b
 class Reasons:
     "Explains the scores of a bundle."
 
@@ -57,7 +57,7 @@ class Reasons:
         self.bundle, self.most, self.least = bundle, most, least
         texts, columns = reason_texts.from_dict(bundle.reasons), Encoding.from_dict(bundle.columns).columns
         groups = reason_texts.groups(texts, columns, bundle.features, has_history(bundle))
-        self.codes, self.texts = list(groups), {code: texts.codes[code].text for code in groups}
+        self.texts = {code: texts.codes[code].text for code in groups}
         self.own = [code for code in groups if code != HISTORY]
         self.masks = np.array([groups[code] for code in self.own])
         self.reference = np.array(texts.reference or reason_texts.ordinary(columns), np.float32)
@@ -69,41 +69,46 @@ class Reasons:
         time: int = 0,                      # microseconds since 1970
     ) -> Explained:
         "What the groups of one payment added to its score."
-        stepper = self.bundle.stepper
-        known = memory is not None and not np.array_equal(memory, stepper.empty()) if stepper else past is not None and len(past) > 0
         active = np.flatnonzero((self.masks & (row != self.reference)).any(1))
+        known = _is_known(self.bundle, memory, past)
         inside = coalitions(len(active) + known)
         rows = np.where(inside[:, :len(active)] @ self.masks[active], row, self.reference)
-        scores = (self._steps if stepper else self._batch)(rows, memory if stepper else past, known, time)
-        odds = _odds(scores)
-        return self._told(float(odds[0]), dict.fromkeys(self.codes, 0.0) | dict(zip(
-            [*(self.own[i] for i in active), *[HISTORY] * known], (shapley(len(active) + known) @ odds).tolist(), strict=True)))
+        of, before = (_stepped, memory) if self.bundle.stepper else (_shown, past)
+        odds = _odds(of(self.bundle, rows, before, known, time))
+        codes, added = [*(self.own[i] for i in active), *[HISTORY] * known], shapley(len(active) + known) @ odds
+        contributions = dict.fromkeys(self.texts, 0.0) | dict(zip(codes, added.tolist(), strict=True))
+        return Explained(float(odds[0]), contributions, self._told(contributions))
 
-    def _steps(self, rows: np.ndarray, memory: np.ndarray | None, known: bool, time: int) -> np.ndarray:
-        "Scores of all coalitions; the payer's past is known to the second half."
-        memories = np.repeat(self.bundle.stepper.empty()[None], len(rows), 0)
-        if known: memories[len(rows) // 2:] = memory
-        return self.bundle.stepper.steps(memories, np.arange(len(rows)), rows, np.full(len(rows), time))
+    def _told(self, contributions: dict[str, float]) -> list[dict]:
+        first = [code for code in sorted(contributions, key=contributions.get, reverse=True) if contributions[code] >= self.least]
+        return [{"code": code, "text": self.texts[code], "contribution": round(contributions[code], 4)} for code in first[:self.most]]
 
-    def _batch(self, rows: np.ndarray, past: np.ndarray | None, known: bool, time: int) -> np.ndarray:
-        "The same of a model that is shown the payer's latest payments."
-        T, now, half = self.bundle.history + 1, np.array([time]), len(rows) // 2 if known else len(rows)
-        shown = [np.repeat(x[None], half, 0) for x in tokens_of(now, rows[:1], T)]
-        if known:
-            seen = tokens_of(np.append(past["time"], now), np.concatenate([past["row"], rows[:1]]), T)
-            shown = [np.concatenate([x, np.repeat(y[None], half, 0)]) for x, y in zip(shown, seen, strict=True)]
-        shown[0][:, -1] = rows
-        return self.bundle.score(Inputs(*shown))
+# %% ../../nbs/70_serving/15_reasons.ipynb #71d8e9b0
+def _stepped(bundle, rows: np.ndarray, memory: np.ndarray | None, known: bool, time: int) -> np.ndarray:
+    "Scores of all coalitions' `rows` by steps, each on a memory of its own."
+    memories = np.repeat(bundle.stepper.empty()[None], len(rows), 0)
+    if known: memories[len(rows) // 2:] = memory
+    return bundle.stepper.steps(memories, np.arange(len(rows)), rows, np.full(len(rows), time))
 
-    def _told(self, base: float, contributions: dict[str, float]) -> Explained:
-        first = sorted(contributions, key=contributions.get, reverse=True)[:self.most]
-        reasons = [{"code": code, "text": self.texts[code], "contribution": round(contributions[code], 4)} for code in first if contributions[code] >= self.least]
-        return Explained(base, contributions, reasons)
+def _shown(bundle, rows: np.ndarray, past: np.ndarray | None, known: bool, time: int) -> np.ndarray:
+    "The same of a model that is shown the payer's latest payments."
+    T, now, half = bundle.history + 1, np.array([time]), len(rows) // 2 if known else len(rows)
+    shown = [np.repeat(x[None], half, 0) for x in tokens_of(now, rows[:1], T)]
+    if known:
+        seen = tokens_of(np.append(past["time"], now), np.concatenate([past["row"], rows[:1]]), T)
+        shown = [np.concatenate([x, np.repeat(y[None], half, 0)]) for x, y in zip(shown, seen, strict=True)]
+    shown[0][:, -1] = rows
+    return bundle.score(Inputs(*shown))
 
-# %% ../../nbs/70_serving/15_reasons.ipynb #cc7e0de8
+# %% ../../nbs/70_serving/15_reasons.ipynb #c01c18d7
 def has_history(bundle) -> bool:
     "Whether a score depends on the payer's earlier payments."
     return bundle.stepper.size > 0 if bundle.stepper else bundle.history > 0
+
+def _is_known(bundle, memory: np.ndarray | None, past: np.ndarray | None) -> bool:
+    "Whether the payer has a past that the model knows of."
+    if not bundle.stepper: return bundle.history > 0 and past is not None and len(past) > 0
+    return memory is not None and not np.array_equal(memory, bundle.stepper.empty())
 
 def _odds(scores: np.ndarray) -> np.ndarray:
     "Log-odds float64 of scores, as `calibration.log_odds`."

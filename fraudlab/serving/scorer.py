@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'encode_answer', 'decode_answer', 'NO_STATE', 'KILLED', 'PATIENCE', 'MISSED', 'CATCH_UP', 'Reason', 'Answer',
-           'Scored', 'Breaker', 'Scorer', 'Look', 'shown', 'stepped', 'judge']
+           'Scored', 'Breaker', 'Scorer', 'Look', 'seen_by', 'stepped', 'judge']
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #31e6b5b9
 import logging
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -31,7 +31,7 @@ from .bundle import tokens_of
 from .observability import mark
 from .reasons import Explained, Reasons
 from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, knows_payer, memory_of, note_answer, once,
-                                    past_of, report, rows_before, sweep, take, update)
+                                    past_of, rename, report, rows_before, sweep, take, update)
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -58,7 +58,7 @@ class Answer(msgspec.Struct):
 class Scored(NamedTuple):
     "An answer, and what it was made from."
     answer: Answer
-    payment: dict               # its ids as tokens
+    payment: dict               # what is logged of it
     look: "Look | None" = None  # None: the payment was answered before
     parts: dict | None = None   # what each group of fields added to the log-odds, and `base`
 
@@ -82,14 +82,15 @@ class Scorer:
     def __init__(self,
         bundle,                                          # `serving.bundle.Bundle`, verified
         state: State | str,                              # made for this bundle, or for one whose state it may share; or a store's address
-        token: Callable[[str], str] = lambda id: id,     # what is kept of a payer's and a payee's id
+        tokens: Callable[[str], list[str]] = lambda id: [id],   # what is kept of a payer's or payee's id; after it, what older keys made of it
     ):
         self.bundle, self.stepper, self.encoding = bundle, bundle.stepper, Encoding.from_dict(bundle.columns)
         self.state = State(bundle, state, patience=PATIENCE) if isinstance(state, str) else state
         policy = policies.from_dict(bundle.policy)
         self.probability, self.decide = calibrations.from_dict(bundle.calibration).probability, policies.compiled(policy)
+        self.personal = {field["name"] for field in bundle.fields if field["personal"]}
         self.named = bundle.model["name"], bundle.version, policy.version
-        self.token, self.breaker, self.missed, self.caught_up = token, Breaker(), deque(maxlen=MISSED), deque()
+        self.tokens, self.breaker, self.missed, self.caught_up = tokens, Breaker(), deque(maxlen=MISSED), deque()
 
     def score(self, payments: list[dict], explain: bool = False) -> list[Scored]:
         "Scores of `payments` (dicts of the contract's and the declared fields); all are remembered, or, on an error, none."
@@ -101,9 +102,15 @@ class Scorer:
         self.missed.extend((*one, s.answer) for one, s in zip(payments, scored, strict=True))
         return scored
 
-    def hidden(self, p: dict) -> dict:
-        "`p` with tokens for ids."
-        return p | {name: p[name] and self.token(p[name]) for name in ("payer_id", "payee_id")}
+    def hidden(self, p: dict) -> list[dict]:
+        "`p` with tokens for ids, as each key makes them, the current one first."
+        payer, payee = (repeat(None) if p[name] is None else self.tokens(p[name]) for name in ("payer_id", "payee_id"))
+        if p["payer_id"] is p["payee_id"] is None: return [p]
+        return [p | {"payer_id": a, "payee_id": b} for a, b in zip(payer, payee)]
+
+    def shown(self, q: dict) -> dict:
+        "What may be kept of a payment with tokens: no personal field."
+        return {name: value for name, value in q.items() if value is not None and name not in self.personal}
 
     def tell(self, look: "Look", score: float | None, fallback: str = "") -> Answer:
         "What to answer on a score, without reasons."
@@ -140,22 +147,22 @@ class Scorer:
     def close(self): self.state.close()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000005
-def _remembered(self: Scorer, payments: list[tuple[dict, dict]], explain: bool) -> list[Scored]:
+def _remembered(self: Scorer, payments: list[tuple[dict, list[dict]]], explain: bool) -> list[Scored]:
     "Scores of payments, which are remembered, after some of those that the store missed."
     late = [self.missed[i] for i in range(min(CATCH_UP, len(self.missed)))]
     sweep(self.state, len(payments))
-    keys = chain(*(keys_of(self.state, q) for _, q, *_ in (*late, *payments)))
+    keys = chain(*(keys_of(self.state, q) for _, qs, *_ in (*late, *payments) for q in qs))
     caught_up, scored = update(self.state, keys, lambda held: (self._catch_up(held, late), self._work(held, payments, explain)))
     for _ in late: self.missed.popleft()
     self.caught_up.extend(caught_up)
     return scored
 
-def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, dict, Answer]]) -> list[Scored]:
+def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, list[dict], Answer]]) -> list[Scored]:
     "Let `held` remember payments that the store missed, with what they were answered."
-    found = [(self._find(held, p, q), answer) for p, q, answer in late]
+    found = [(self._find(held, p, qs), answer) for p, qs, answer in late]
     for look, answer in found:
         if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
-    return [Scored(answer, look.payment, look) for look, answer in found if isinstance(look, Look)]
+    return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
 
 Scorer._remembered, Scorer._catch_up = _remembered, _catch_up
 
@@ -176,7 +183,7 @@ class Look(NamedTuple):
     of: State             # that remembers it
     known: bool = False   # whether anything was remembered of its payer
 
-def shown(bundle, look: Look, dtype: np.dtype) -> Inputs:
+def seen_by(bundle, look: Look, dtype: np.dtype) -> Inputs:
     "What a model without steps is shown of a payment, without the dimension `B`."
     earlier = rows_before(dtype, look.past, look.time)
     return tokens_of(np.append(earlier["time"], look.time), np.concatenate([earlier["row"], look.row[None]]), bundle.history + 1)
@@ -192,18 +199,20 @@ def judge(bundle, looks: list[Look], dtype: np.dtype) -> list[float]:
     "Scores of payments by their rows and pasts alone; nothing is changed."
     if bundle.stepper: return [stepped(bundle.stepper, look)[0] if look.score is None else look.score for look in looks]
     if not looks: return []
-    return bundle.score(Inputs(*map(np.stack, zip(*(shown(bundle, look, dtype) for look in looks), strict=True)))).tolist()
+    return bundle.score(Inputs(*map(np.stack, zip(*(seen_by(bundle, look, dtype) for look in looks), strict=True)))).tolist()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000008
-def _work(self: Scorer, held: Held, payments: list[tuple[dict, dict]], explain: bool, fallback: str = "") -> list[Scored]:
+def _work(self: Scorer, held: Held, payments: list[tuple[dict, list[dict]]], explain: bool, fallback: str = "") -> list[Scored]:
     "Score payments, which `held` then remembers; one that was answered before gets its answer again."
-    found = [self._find(held, p, q) for p, q in payments]
+    found = [self._find(held, p, qs) for p, qs in payments]
     scores = iter(judge(self.bundle, [x for x in found if isinstance(x, Look)], self.state.dtype))
     return [self._answer(held, x, next(scores), explain, fallback) if isinstance(x, Look) else x for x in found]
 
-def _find(self: Scorer, held: Held, p: dict, q: dict) -> Scored | Look:
+def _find(self: Scorer, held: Held, p: dict, qs: list[dict]) -> Scored | Look:
+    q, *older = qs
+    for old in older: rename(self.state, held, old, q)
     before = known(self.state, held, q)
-    return Scored(decode_answer(before.answer), q) if before and before.answer else self._look(held, p, q, before)
+    return Scored(decode_answer(before.answer), {"payment_id": q["payment_id"]}) if before and before.answer else self._look(held, p, q, before)
 
 def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Look:
     "Features, row and past of the payment `p`, with tokens `q`; a new one is then remembered, one that was back-filled is already."
@@ -228,7 +237,7 @@ def _answer(self: Scorer, held: Held, look: Look, score: float, explain: bool, f
         mark("explain")
         answer.reasons, parts = [Reason(**r) for r in told.reasons], {"base": told.base} | told.contributions
     note_answer(self.state, held, look.payment, encode_answer(answer))
-    return Scored(answer, look.payment, look, parts)
+    return Scored(answer, self.shown(look.payment), look, parts)
 
 def _explained(self: Scorer, look: Look) -> Explained:
     memory = memory_of(self.stepper, look.past) if self.stepper else None

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
-           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'update', 'keys_of', 'known',
-           'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before', 'keep_memory',
-           'keep_row', 'report', 'once', 'sweep', 'backfill', 'copy_state']
+           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'update', 'keys_of',
+           'known', 'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before', 'keep_memory',
+           'keep_row', 'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,10 +21,12 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from ..core.runs import text_hash
+from ..core.runs import read_run, text_hash
+from ..data.tokens import ENTITIES, TokenKeys, tokenised
 from ..features.definitions import ALL, NEVER, FeatureSet, Risk, Window, duration
 from ..features.encoding import Encoding
 from ..features.offline import fraud_known
+from ..features.prepared import read
 from ..features.online import Memory, Online, OtherCurrency, microseconds, rows_of
 from ..features.stores import Blobs, Result, StoreError, copy, open_store, short, sweeps
 
@@ -75,6 +79,7 @@ class State:
         address: str,           # as in `features.stores.open_store`
         lateness: str = "1d",   # how much later than an entity's newest payment one may come and still count
         patience: float = 2.,   # seconds that the store is waited for
+        expiry: str = "730d",   # how long a payer's past is kept after the newest payment in it
     ):
         self.features, self.stepper = FeatureSet.from_dict(bundle.features), bundle.stepper
         self.history = 0 if self.stepper else bundle.history
@@ -82,7 +87,8 @@ class State:
         self.dtype = history_type(sum(c.width for c in Encoding.from_dict(bundle.columns).columns))
         self.engine, self.store = Online(self.features, lateness), open_store(address, patience)
         self.fields = [*COMPARED, *sorted(_read(self.engine) - {*COMPARED, "payment_id"})]
-        self.made = made_for(bundle, self.engine.hash)
+        self.made, self.name = made_for(bundle, self.engine.hash), memory_name(bundle)
+        self.expiry = duration(expiry, "The expiry")
         self.keep, self.newest, self.due, self.sweeper = _needed(self.features) + duration(lateness), 0, 0, iter(())
         _claim(self)
         _compile(self)
@@ -98,6 +104,10 @@ def made_for(bundle, engine: str = "") -> Made:
     engine, stepper = engine or Online(FeatureSet.from_dict(bundle.features)).hash, bundle.stepper
     memory = f"{bundle.memory if stepper.size else 'any'}, {stepper.size} bytes" if stepper else ""
     return Made(engine, text_hash(msgspec.json.encode(bundle.columns).decode()), 0 if stepper else bundle.history, memory)
+
+def memory_name(bundle) -> str:
+    "First digits of the hash of what a state of `bundle` is made for."
+    return text_hash(msgspec.json.encode(made_for(bundle)).decode())[:12]
 
 COMPARED = ("event_time", "payer_id", "payee_id", "amount")   # two payments that differ in one of these are two
 
@@ -190,16 +200,18 @@ _CURRENCY = ("currency is another one than that of earlier payments, whose amoun
              "send the amount in that currency, or use a model whose features keep currencies apart.")
 
 # %% ../../nbs/70_serving/10_state.ipynb #419f65c1
-COUNT = 8   # bytes before a past: how many payments went into it since the back-fill, int64
+_HEAD = struct.Struct("<qq")   # before a past: how many payments went into it since the back-fill, and the time of its newest, microseconds
+COUNT = _HEAD.size             # bytes
 
 class Past(NamedTuple):
     "What is kept of a payer, before a payment."
-    n: int           # payments that went into it since the back-fill
-    blob: bytes      # the stepper's memory, or times and rows; empty: nothing yet
+    n: int = 0           # payments that went into it since the back-fill
+    newest: int = 0      # microseconds
+    blob: bytes = b""    # the stepper's memory, or times and rows; empty: nothing yet
 
 def past_of(state: State, held: Held, p: dict) -> Past:
     blob = held.get(_past_key(state, p["payer_id"]))
-    return Past(int.from_bytes(blob[:COUNT], "little"), blob[COUNT:]) if blob else Past(0, b"")
+    return Past(*_HEAD.unpack_from(blob), blob[COUNT:]) if blob else Past()
 
 def knows_payer(state: State, held: Held, p: dict, past: Past) -> bool:
     "Whether anything is remembered of the payer of payment `p`, which is not taken yet, and has this `past`."
@@ -218,15 +230,31 @@ def rows_before(dtype: np.dtype, past: Past, time: int) -> np.ndarray:
 # %% ../../nbs/70_serving/10_state.ipynb #5700f00b
 def keep_memory(state: State, held: Held, p: dict, past: Past, memory: np.ndarray):
     "Keep a payer's memory once payment `p` is part of it."
-    if key := _past_key(state, p["payer_id"]): held[key] = _counted(past.n + 1, memory.tobytes())
+    if key := _past_key(state, p["payer_id"]): held[key] = _headed(past, microseconds(p["event_time"]), memory.tobytes())
 
 def keep_row(state: State, held: Held, p: dict, past: Past, row: np.ndarray):
     "Keep the row of payment `p` with its payer's latest."
     if key := _past_key(state, p["payer_id"]):
-        rows = append_history(np.frombuffer(past.blob, state.dtype), microseconds(p["event_time"]), row, state.history)
-        held[key] = _counted(past.n + 1, rows.tobytes())
+        time = microseconds(p["event_time"])
+        rows = append_history(np.frombuffer(past.blob, state.dtype), time, row, state.history)
+        held[key] = _headed(past, time, rows.tobytes())
 
-def _counted(n: int, past: bytes) -> bytes: return n.to_bytes(COUNT, "little") + past
+def _headed(before: Past, time: int, blob: bytes) -> bytes: return _HEAD.pack(before.n + 1, max(before.newest, time)) + blob
+
+# %% ../../nbs/70_serving/10_state.ipynb #7b000021
+def rename(state: State, held: Held, old: dict, new: dict):
+    "Move what `held` has under the tokens of the payment `old` to those of `new`, the same payment under a newer key."
+    past = _past_key(state, new["payer_id"])
+    for a, b in zip(keys_of(state, old), keys_of(state, new), strict=True):
+        if a == b or held.get(a) is None or held.get(b) is not None: continue
+        held[a], held[b] = None, _counted_anew(held[a]) if b == past else held[a]
+    key = _seen_key(new["payment_id"])
+    if (blob := held.get(key)) and (found := seen(blob)).values == _values(state, old):
+        held[key] = pack(msgspec.structs.replace(found, values=_values(state, new)))
+
+def _counted_anew(blob: bytes) -> bytes:
+    "A past as it is, with none of the payments in it: what is logged under a new token cannot be told from what was logged before."
+    return _HEAD.pack(0, _HEAD.unpack_from(blob)[1]) + blob[COUNT:]
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
@@ -278,6 +306,7 @@ def _sweeper(state: State) -> Iterator[int]:
     "A look at all that may go: payments seen, and entities of which nothing counts any more."
     yield from sweeps(state.store, b"=payment=", lambda blob: seen(blob).values[0] < state.newest - state.keep, LOOKS)
     yield from sweeps(state.store, b"=once=", lambda blob: int.from_bytes(blob[:8], "little") < time.time_ns() // 1000 - DAY, LOOKS)
+    yield from sweeps(state.store, b"=past=", lambda blob: _HEAD.unpack_from(blob)[1] < state.newest - state.expiry, LOOKS)
     for k, prefix in enumerate(state.engine.prefixes):
         yield from sweeps(state.store, prefix, lambda blob, k=k: state.engine.idle(k, blob, state.newest), LOOKS)
 
@@ -334,7 +363,7 @@ def _histories(state: State, payments: pl.DataFrame, rows: np.ndarray) -> Items:
     past = np.empty(len(payments), state.dtype)
     past["time"], past["row"] = payments["event_time"].to_physical().to_numpy(), rows
     for payer, at in _payers(payments):
-        if key := _past_key(state, payer): yield key, _counted(0, cut_history(past[at], state.history).tobytes())
+        if key := _past_key(state, payer): yield key, _HEAD.pack(0, past["time"][at[-1]]) + cut_history(past[at], state.history).tobytes()
 
 def _memories(state: State, payments: pl.DataFrame, rows: np.ndarray, scores: np.ndarray) -> Items:
     "Each payer's memory; `scores` is filled in on the way."
@@ -343,7 +372,22 @@ def _memories(state: State, payments: pl.DataFrame, rows: np.ndarray, scores: np
         if not (key := _past_key(state, payer)): continue
         memory = stepper.empty()
         scores[at] = stepper.steps(memory[None], np.zeros(len(at), np.int64), rows[at], times[at])
-        yield key, _counted(0, memory.tobytes())
+        yield key, _HEAD.pack(0, times[at[-1]]) + memory.tobytes()
+
+# %% ../../nbs/70_serving/10_state.ipynb #7b000011
+def backfill_from(
+    state: State,
+    prepared: str,               # run of the flow prepare, which the bundle was trained on
+    bundle,                      # whose state it is
+    keys: TokenKeys,             # of the service
+    until: datetime | None = None,   # payments before it are taken; default: all
+) -> int:
+    "Fill `state` from versioned tables; returns the number of payments taken. `ValueError` where they are not those of the bundle."
+    data = read(read_run(prepared))
+    if msgspec.to_builtins(Encoding(data.dataset.columns).to_dict()) != msgspec.to_builtins(bundle.columns):
+        raise ValueError(f"{prepared} has other columns than bundle {bundle.name}: give the run that it was trained on (its lineage names it).")
+    end = 2**62 if until is None else microseconds(until)
+    return backfill(state, tokenised(data.payments, keys, ENTITIES), data.labels, data.dataset.rows, end)
 
 # %% ../../nbs/70_serving/10_state.ipynb #ba6f39f0
 def copy_state(source: str, target: str) -> int:
