@@ -18,6 +18,7 @@ from fraudlab.serving.service import Service as Scorer
 
 HERE = Path(__file__).resolve().parent
 logging.getLogger("fraudlab").setLevel(logging.INFO)
+logging.getLogger("uvicorn.access").propagate = False  # else each request is told to a log that nobody reads
 guard_logs()
 scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
