@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 logging.getLogger("fraudlab").setLevel(logging.INFO)
 log_lines(settings().log_format)
 guard_connections()
+logging.getLogger("uvicorn.access").propagate = False  # else each request is told to a log that nobody reads
 scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
 

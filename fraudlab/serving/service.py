@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'CHUNK', 'DRAIN', 'WATCH', 'SHARE', 'Ask', 'request_id', 'Service', 'mounted', 'refused', 'respond', 'failed',
-           'busy', 'score', 'arrow', 'label', 'model', 'plan', 'change', 'follow', 'ready', 'document_', 'page',
+           'busy', 'full', 'score', 'arrow', 'label', 'model', 'plan', 'change', 'follow', 'ready', 'document_', 'page',
            'start', 'end', 'tell', 'Door']
 
 # %% ../../nbs/70_serving/35_service.ipynb #923ac171
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from hashlib import blake2b
-from uuid import uuid4
+from secrets import token_hex
 
 import msgspec
 import polars as pl
@@ -31,7 +31,8 @@ from ..features.stores import StoreError
 from ..governance.audit_log import AuditError
 from ..governance.signing import Refused
 from .access import Access, Denied
-from .http import ARROW, JSON, Headers, Limits, Problem, Reader, Reply, header, kind_of, payment_reader, read, refusal
+from .http import (ARROW, JSON, Headers, Limits, Problem, Reader, Reply, encode, header, headers_of, kind_of, payment_reader, read,
+                                   refusal)
 from .observability import (AUDIT_WAITING, BREAKER, CANARY, IN_FLIGHT, KILLED, LABELS, MEMORY, MISSED, PLANS, READY, REFUSALS,
                                             REQUESTS, SHADOW_WAITING, WAITING, Request, current, flush, forget_the_dead, mark, of)
 from .openapi import PAGE, PAGE_HEADERS, Label, Model, Noted, document
@@ -65,7 +66,7 @@ class Ask(msgspec.Struct):
 def request_id(headers: Headers) -> str:
     "The caller's X-Request-ID, if it is one, or a new one."
     given = header(headers, b"x-request-id", None)
-    if given is None: return uuid4().hex
+    if given is None: return token_hex(16)
     if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) and not looks_like_card(given): return given
     raise Problem(400, "invalid_header", "X-Request-ID must be 1 to 64 letters, digits, '.', '_' or '-', and no card number.")
 
@@ -88,7 +89,7 @@ class Service:
 
     async def __call__(self, scope, receive, send):
         route = self.routes[scope["method"], scope["path"]]
-        ask = Ask(scope, receive, scope.get("caller") or Caller(), time.perf_counter(), scope["headers"])
+        ask = Ask(scope, receive, scope.get("caller") or Caller(), time.perf_counter(), headers_of(scope))
         request = Request(ask.caller.request_id, scope["path"], scope["method"], scope["headers"])
         token = current.set(request)
         self.asking += 1
@@ -145,10 +146,12 @@ CHUNK = 16      # payments of a list that are scored at once
 
 def busy() -> Problem: return Problem(429, "busy", "Too many requests are waiting: send it again after a moment.", retry_after="1")
 
+def full(self: Service) -> bool: return self.waiting >= self.limits.queue or self.asking > self.limits.requests
+
 async def score(self: Service, ask: Ask) -> Reply:
     "POST /v1/score"
     rollout = self._rollout()
-    if self.waiting >= self.limits.queue or self.asking > self.limits.requests: raise busy()
+    if self.full(): raise busy()
     explain, kind = ask.explain(), kind_of(ask.headers, (JSON, ARROW))
     body = await read(ask.receive, self.limits)
     mark("read")
@@ -163,7 +166,7 @@ async def score(self: Service, ask: Ask) -> Reply:
         mark("queue")
         answers += rollout.score(payments[i:i + CHUNK], ask.caller, explain)
     current.get().answers = answers
-    reply = Reply(arrow(answers), kind=ARROW) if kind == ARROW else Reply(msgspec.json.encode(answers if many else answers[0]))
+    reply = Reply(arrow(answers), kind=ARROW) if kind == ARROW else Reply(encode(answers if many else answers[0]))
     mark("encode")
     return reply
 
@@ -194,7 +197,7 @@ def _rollout(self: Service) -> Rollout:
     if self.rollout is not None: return self.rollout
     raise Problem(503, "not_ready", "The service is starting, or its bundle was refused: its log says which.", retry_after="1")
 
-Service.score, Service._turn, Service._once, Service._rollout = score, _turn, _once, _rollout
+Service.score, Service.full, Service._turn, Service._once, Service._rollout = score, full, _turn, _once, _rollout
 
 # %% ../../nbs/70_serving/35_service.ipynb #9a8d1fe3
 async def label(self: Service, ask: Ask) -> Reply:
@@ -360,6 +363,8 @@ def tell(self: Service):
 Service._tell, Service.tell = _tell, tell
 
 # %% ../../nbs/70_serving/35_service.ipynb #24a9bf57
+_BUSY = refusal(busy())
+
 class Door:
     "ASGI application: the service before everything that BentoML answers."
     def __init__(self, app, service: Service): self.app, self.service, self.access = app, service, service.access
@@ -369,7 +374,8 @@ class Door:
         if scope["type"] != "http": return await send({"type": "websocket.close", "code": 1008})
         id = ""
         try:
-            id = request_id(scope["headers"])
+            id = request_id(headers_of(scope))
+            if scope["path"] == "/v1/score" and self.service.full(): return await respond(send, _BUSY, id)
             principal = self.access.enter(scope)
         except Problem as e: return await self._refuse(scope, send, e, id)
         except Denied as e: return await self._refuse(scope, send, Problem(e.status, e.code, e.message, **e.headers), id)
