@@ -77,6 +77,7 @@ class Limits:
     seconds: float = 1.5    # for sending the body
     requests: int = 256     # being read or scored at once, in a worker
     queue: int = 24         # of these read, and waiting to be scored
+    gather: float = 0.      # seconds that a payment for a program waits for others; 0: for those that are ready too
 
 async def read(receive: Callable, limits: Limits) -> bytes:
     "The body of a request; raises `Problem` for one that is too long, too slow or not whole."

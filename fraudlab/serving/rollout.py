@@ -25,7 +25,7 @@ from xxhash import xxh64_intdigest
 from ..core.runs import write_text
 from ..governance.audit_log import AuditError
 from .observability import AUDIT, PLANS, SHADOWED, count_answer, count_scored, mark, of, tell_serving
-from .scorer import PATIENCE, Answer, Scored, Scorer
+from .scorer import KILLED, PATIENCE, Answer, Scored, Scorer
 from .state import Conflict, State
 
 log = logging.getLogger("fraudlab.serving")
@@ -138,7 +138,7 @@ class Rollout:
         else: scored = self.now.champion.score(payments, explain)
         mark("score")
         for s, c in zip(scored, callers, strict=True): s.answer.request_id = c.request_id
-        self._record([record("answer" if s.look or s.answer.fallback else "repeat", s, c) for s, c in zip(scored, callers, strict=True)])
+        self._record([record("answer" if s.look or self.now.plan.killed else "repeat", s, c) for s, c in zip(scored, callers, strict=True)])
         mark("audit")
         count_scored(scored)
         if self.now.challenger or self.now.plan.killed: self._shadow(payments, scored, callers)
@@ -246,20 +246,24 @@ def _shadow(self: Rollout, payments: list[dict], scored: list[Scored], callers: 
         self.dropped += 1
         of(SHADOWED, "dropped").inc()
 
+def _told_again(scorer: Scorer, p: dict, s: Scored) -> tuple[str, list[Scored]]:
+    "What another scorer makes of a payment that was answered, and the kind of its record."
+    if s.answer.fallback == KILLED: return "missed", scorer.remember(p, s.answer)
+    if s.look and s.look.of is scorer.state: return "shadow", [Scored(scorer.again(s.look), {"payment_id": p["payment_id"]})]
+    return "shadow", scorer.score([p], explain=False)
+
 def shadow_one(self: Rollout) -> bool:
     "Score one payment in the shadow; whether there was one."
     if not self.shadows: return False
     scorer, p, s, caller = self.shadows.popleft()
-    try:
-        shared = s.look and s.look.of is scorer.state
-        told = Scored(scorer.again(s.look), {"payment_id": p["payment_id"]}) if shared else scorer.score([p], explain=False)[0]
+    try: kind, told = _told_again(scorer, p, s)
     except Exception as e:
         log.error("Scoring in the shadow failed: %s.", type(e).__name__)
         of(SHADOWED, "failed").inc()
     else:
-        self.unlogged.append(record("shadow", told, caller))
+        self.unlogged.extend(record(kind, other, caller) for other in told)
         of(SHADOWED, "scored").inc()
-        count_answer(told.answer, "shadow")
+        for other in told: count_answer(other.answer, "shadow")
     return True
 
 Rollout._shadow, Rollout.shadow_one = _shadow, shadow_one

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'encode_answer', 'decode_answer', 'NO_STATE', 'KILLED', 'PATIENCE', 'MISSED', 'CATCH_UP', 'Reason', 'Answer',
-           'Scored', 'Breaker', 'Scorer', 'Look', 'seen_by', 'stepped', 'judge']
+           'Scored', 'Breaker', 'Scorer', 'remember', 'Look', 'seen_by', 'stepped', 'judge']
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #31e6b5b9
 import logging
@@ -164,7 +164,12 @@ def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, list[dict], Answe
         if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
     return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
 
-Scorer._remembered, Scorer._catch_up = _remembered, _catch_up
+def remember(self: Scorer, p: dict, answer: Answer) -> list[Scored]:
+    "Remember a payment that was answered without this scorer, which then may score the next ones; nothing where it is remembered already."
+    qs = self.hidden(p)
+    return update(self.state, chain(*(keys_of(self.state, q) for q in qs)), lambda held: self._catch_up(held, [(p, qs, answer)]))
+
+Scorer._remembered, Scorer._catch_up, Scorer.remember = _remembered, _catch_up, remember
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000009
 def _trip(self: Scorer, e: StoreError):

@@ -31,6 +31,7 @@ from ..features.stores import StoreError
 from ..governance.audit_log import AuditError
 from ..governance.signing import Refused
 from .access import Access, Denied
+from .gather import Gather
 from .http import (ARROW, JSON, Headers, Limits, Problem, Reader, Reply, encode, header, headers_of, kind_of, payment_reader, read,
                                    refusal)
 from .observability import (AUDIT_WAITING, BREAKER, CANARY, IN_FLIGHT, KILLED, LABELS, MEMORY, MISSED, PLANS, READY, REFUSALS,
@@ -160,7 +161,10 @@ async def score(self: Service, ask: Ask) -> Reply:
     await self._turn(ask)
     mark("queue")
     if (key := header(ask.headers, b"idempotency-key", None)) is not None: self._once(ask, key, body)
-    answers = rollout.score(payments[:CHUNK], ask.caller, explain)
+    if self.gather and not many:
+        answers = [await self.gather.one(payments[0], ask.caller, explain)]
+        mark("score")      # of those that were gathered, only the first was watched
+    else: answers = rollout.score(payments[:CHUNK], ask.caller, explain)
     for i in range(CHUNK, len(payments), CHUNK):
         await asyncio.sleep(0)
         mark("queue")
@@ -307,7 +311,10 @@ async def _start(self: Service):
     bundle = rollout.now.champion.bundle
     log.info("Ready: bundle %s, version %s.", bundle.name, bundle.version)
 
-def _read_as(self: Service, bundle): self.payments = payment_reader(bundle, self.limits)
+def _read_as(self: Service, bundle):
+    "Read payments as `bundle` wants them; those for a program are gathered."
+    self.payments = payment_reader(bundle, self.limits)
+    self.gather = None if bundle.stepper else Gather(lambda *what: self.rollout.score(*what), self.limits.gather)
 
 Service.start, Service._stop, Service._keep, Service._start, Service._read_as = start, _stop, _keep, _start, _read_as
 
