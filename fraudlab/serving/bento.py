@@ -66,7 +66,7 @@ def in_lab(address: str) -> str:
 def folder_of(name: str) -> Path:
     "Folder of the bundle `name`; raises `ValueError` for one that is not the lab's, unless the service started with it."
     s = settings()
-    if Path(name).name == name: return s.bundles / name
+    if Path(name).name == name != ".." and name.isprintable(): return s.bundles / name
     if s.bundle and s.root / s.bundle == Path(name): return Path(name)
     raise ValueError(f"'{name}' is no name of a bundle: give that of a folder in {s.bundles}.")
 

@@ -108,11 +108,15 @@ def _results(limits: Limits) -> dict[str, dict]:
     kinds = {"/": "text/html", "/static_content/swagger-ui.css": "text/css", "/static_content/swagger-ui-bundle.js": "text/javascript"}
     scored = ok("In the order of the payments", _either("Answer", limits))
     scored["200"]["content"] |= _content({"type": "string", "format": "binary"}, ARROW)
+    scored["200"]["links"] = {"label": {"operationId": "post_v1_labels", "description": "What became known of the payment is reported under its id",
+        "requestBody": {"payment_id": "$response.body#/payment_id", "is_fraud": True, "known_at": "$request.body#/event_time"}}}
+    planned = ok("The plan", ref("Plan"))
+    planned["200"]["links"] = {"change": {"operationId": "post_v1_rollout", "requestBody": "$response.body"}}
     return {path: ok("OK", text, kinds.get(path, "text/plain")) for path in ROUTES} | {
         "/v1/score": scored | _refusals(*_POSTED, 504),
         "/v1/labels": ok("Noted", ref("Noted")) | _refusals(*_POSTED, 504),
         "/v1/model": ok("The card", ref("Model")) | _refusals(503),
-        "/v1/rollout": ok("The plan", ref("Plan")) | _refusals(*_POSTED),
+        "/v1/rollout": planned | _refusals(*_POSTED),
         "/docs.json": ok("OpenAPI 3.1", {"type": "object"}) | _refusals(503),
         "/readyz": ok("Ready", text, "text/plain") | {"503": {"description": "Not ready, and why", "content": _content(text, "text/plain")}},
     }
