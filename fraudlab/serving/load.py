@@ -33,6 +33,7 @@ import numpy as np
 import polars as pl
 
 from ..core.settings import settings
+from ..data.tokens import open_keys
 from ..features.stores import StoreError, open_store
 from .bento import entity_tokens, free_port, running
 from .bundle import load, payment_type
@@ -221,7 +222,7 @@ def bare():
     "ASGI application: the scorer of the settings' bundle, with the state of the settings."
     s = settings()
     bundle = load(s.root / s.bundle, s.public_key)
-    scorer, read = Scorer(bundle, s.state, entity_tokens()), msgspec.json.Decoder(payment_type(bundle.fields, bundle.entities)).decode
+    scorer, read = Scorer(bundle, s.state, entity_tokens(open_keys(s.token_keys))), msgspec.json.Decoder(payment_type(bundle.fields, bundle.entities)).decode
     begin = {"type": "http.response.start", "status": 200, "headers": []}
     absent = {} if bundle.entities else {"payer_id": None, "payee_id": None}
 

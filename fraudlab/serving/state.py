@@ -384,7 +384,7 @@ def backfill_from(
 ) -> int:
     "Fill `state` from versioned tables; returns the number of payments taken. `ValueError` where they are not those of the bundle."
     data = read(read_run(prepared))
-    if msgspec.to_builtins(Encoding(data.dataset.columns).to_dict()) != msgspec.to_builtins(bundle.columns):
+    if Encoding.from_dict(bundle.columns).columns != tuple(data.dataset.columns):
         raise ValueError(f"{prepared} has other columns than bundle {bundle.name}: give the run that it was trained on (its lineage names it).")
     end = 2**62 if until is None else microseconds(until)
     return backfill(state, tokenised(data.payments, keys, ENTITIES), data.labels, data.dataset.rows, end)
