@@ -20,8 +20,8 @@ from fraudlab.models.contract import Model
 from fraudlab.models.zoo.gru import Gru
 from fraudlab.monitoring.replay import find, records_before, replay
 from fraudlab.serving.bundle import load, tokens_of, write
-from fraudlab.serving.rollout import Caller, record
-from fraudlab.serving.scorer import NO_STATE, Scored, Scorer
+from fraudlab.serving.rollout import ANCHOR, Caller, Plan, Rollout, record
+from fraudlab.serving.scorer import NO_STATE, Scorer
 from fraudlab.serving.state import COUNT, memory_name
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -59,21 +59,20 @@ def payment(i: int, payer: str = "anna", minutes: float | None = None, **changes
 
 
 class Service:
-    """A scorer whose answers are logged, each with what it was made from."""
+    """A scorer whose answers are logged, at times that a test may choose."""
 
     def __init__(self, bundle, folder, state="sqlite::memory:"):
         self.scorer, self.count = Scorer(bundle, state, tokens=lambda id: [f"t-{id}"]), 0
         self.log = AuditLog(folder, create_key(folder.parent / f"key-{np.random.default_rng().integers(1 << 62)}", ed25519=True).private)
 
-    def records(self, payments: list[dict], **more) -> list[dict]:
+    def records(self, payments: list[dict], kind: str = "answer") -> list[dict]:
         self.count += 1
-        scored = self.scorer.score(payments)
-        records = [record("answer" if s.look else "repeat", s, Caller(f"r{self.count}")) for s in scored]
-        return [msgspec.to_builtins(r) | {"at": 10**15 + self.count * 10**7} | more for r in records]
+        made = [record(kind, s, Caller(f"r{self.count}")) for s in self.scorer.score(payments)]
+        return [msgspec.to_builtins(msgspec.structs.replace(r, at=10**15 + self.count * 10**7)) for r in made]
 
-    def answer(self, *payments: dict, **more):
-        for line in self.records(list(payments), **more):
-            self.log.append(line)
+    def answer(self, *payments: dict, kind: str = "answer"):
+        for r in self.records(list(payments), kind):
+            self.log.append(r)
 
 
 def served(bundle, folder, n: int = 24) -> Service:
@@ -158,42 +157,70 @@ def test_a_payment_sent_again_is_answered_by_its_first_record(bundles, tmp_path)
 def test_without_a_state_the_memory_is_empty_and_what_came_later_is_found(bundles, tmp_path):
     bundle = bundles[0]["steps"]
     service = Service(bundle, tmp_path / "log")
-    for i in range(3):
-        service.answer(payment(i))
+    service.answer(payment(0))
     service.scorer.breaker.trip()
     service.scorer.breaker.until += 1000
-    service.answer(payment(3))
+    service.answer(payment(1))
     service.scorer.breaker.until = 0
     service.scorer.missed.clear()
-    (late,) = service.records([payment(3)], kind="missed")  # as the service logs it once the store is back
+    (late,) = service.records([payment(1)], kind="missed")  # as the service logs it once the store is back
     late["answer"]["fallback"] = NO_STATE
     service.log.append(late)
-    service.answer(payment(4))
+    service.answer(payment(2))
     service.log.close()
-    alone, after = (replay(tmp_path / "log", bundle, one) for one in ("p3", "p4"))
+    alone, after = (replay(tmp_path / "log", bundle, one) for one in ("p1", "p2"))
     assert alone.exact
     assert (alone.earlier, alone.logged["fallback"]) == (0, NO_STATE)
     assert after.exact
-    assert after.earlier == 4
+    assert after.earlier == 2
 
 
-def test_under_the_kill_switch_there_is_a_decision_only(bundles, tmp_path):
+def test_anchors_bound_what_is_read_and_what_a_gap_spoils(bundles, tmp_path):
     bundle = bundles[0]["steps"]
-    scorer = Scorer(bundle, "sqlite::memory:")
-    for amount, name in ((10.0, "small"), (900.0, "large")):
-        p = payment(0) | {"payment_id": name, "amount": amount}
-        with AuditLog(tmp_path / "log", create_key(tmp_path / name, ed25519=True).private) as log:
-            log.append(record("answer", Scored(scorer.rule(p), p), Caller(name)))
-        told = replay(tmp_path / "log", bundle, name)
-        assert told.equal
-        assert (told.score, told.decision) == (None, "challenge" if name == "large" else "approve")
-    assert "no model was asked" in str(told)
+    service = Service(bundle, tmp_path / "log")
+    for i in range(ANCHOR + 6):
+        for r in service.records([payment(i)]):
+            if i != 3:
+                service.log.append(r)
+    service.log.close()
+    for i in (ANCHOR, ANCHOR + 5):
+        again = replay(tmp_path / "log", bundle, f"p{i}")
+        assert again.exact
+        assert again.earlier == i - ANCHOR
+    with pytest.raises(ValueError, match="n = 3 is not in"):
+        replay(tmp_path / "log", bundle, f"p{ANCHOR - 1}")
+
+
+def test_what_a_rollout_answers_is_replayed(bundles, tmp_path):
+    """A challenger in the shadow takes over, the model is switched off, its memory goes on, and it is switched on again."""
+    made = {name: bundles[0][name] for name in ("steps", "history")}
+
+    def opened(name, rollout):
+        return Scorer(made[name], rollout.state(made[name], f"sqlite:{tmp_path / name}"), tokens=lambda id: [f"t-{id}"])
+
+    rollout = Rollout(opened, tmp_path / "plan", AuditLog(tmp_path / "log", create_key(tmp_path / "k", ed25519=True).private))
+    plans = [Plan("history", challenger="steps"), Plan("steps", challenger="history"), Plan("steps", killed=True), Plan("steps")]
+    answers = []
+    for k, plan in enumerate(plans):
+        rollout.begin(rollout.prepare(plan))
+        for i in range(4 * k, 4 * k + 4):
+            answers += rollout.score([payment(i, amount=100.0 * i)], Caller(f"r{i}"), explain=False)
+            while rollout.shadow_one():
+                pass
+    rollout.close()
+    answered_by = [next(b for b in made.values() if b.version == a.bundle) for a in answers]
+    again = [replay(tmp_path / "log", bundle, f"p{i}") for i, bundle in enumerate(answered_by)]
+    assert all(r.exact for r in again)
+    assert [r.earlier for r in again] == [*range(8), 0, 0, 0, 0, *range(12, 16)]
+    assert [r.score is None for r in again] == [i // 4 == 2 for i in range(16)]
+    assert len({r.decision for r in again}) > 1
 
 
 def test_bundles_with_one_memory_share_it_and_others_do_not(bundles, tmp_path):
     one = bundles[0]["steps"]
     other = replace(one, card=one.card | {"version": "with another policy"})
-    assert memory_name(one) == memory_name(other) != memory_name(bundles[0]["history"])
+    names = [memory_name(b) for b in (one, other, bundles[0]["history"])]
+    assert names[0] == names[1] != names[2]
     state = f"sqlite:{tmp_path / 'state'}"
     for k, bundle in enumerate((one, other)):
         service = Service(bundle, tmp_path / "log", state)
@@ -202,16 +229,30 @@ def test_bundles_with_one_memory_share_it_and_others_do_not(bundles, tmp_path):
             service.answer(payment(3 * k + i))
         service.log.close()
         service.scorer.close()
-    shadow = Service(bundles[0]["history"], tmp_path / "log")  # the same payments in another memory
-    shadow.count = 20
-    for i in range(6):
-        shadow.answer(payment(i), kind="shadow")
+    shadow = Service(bundles[0]["history"], tmp_path / "log")  # the same payer in another memory
+    shadow.count = 5
+    for i in range(5):
+        shadow.answer(payment(20 + i), kind="shadow")
     shadow.log.close()
     again = replay(tmp_path / "log", other, "p5")
     assert again.exact
     assert again.earlier == 5
     with pytest.raises(ValueError, match=f"answered by bundle {one.version}"):
         replay(tmp_path / "log", other, "p0")
+
+
+@pytest.mark.parametrize("name", ["steps", "history"])
+def test_under_a_new_key_for_tokens_the_log_begins_with_an_anchor(bundles, tmp_path, name):
+    bundle = bundles[0][name]
+    service = Service(bundle, tmp_path / "log")
+    for i in range(6):
+        if i == 3:
+            service.scorer.tokens = lambda id: [f"new-{id}", f"t-{id}"]
+        service.answer(payment(i))
+    service.log.close()
+    again = [replay(tmp_path / "log", bundle, f"p{i}") for i in range(6)]
+    assert all(r.exact for r in again)
+    assert [r.earlier for r in again] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_state_that_began_anew_has_its_own_run(bundles, tmp_path):
@@ -267,6 +308,8 @@ def test_changed_and_missing_records_are_told(bundles, tmp_path):
     other = rewritten("row", lambda i, r: r | {"row": row} if i == 2 else r)
     assert not replay(other, bundle, "p2").equal
     assert not replay(other, bundle, "p5").exact
+    decision = rewritten("decision", lambda i, r: r | {"answer": r["answer"] | {"decision": "approve"}} if i == 5 else r)
+    assert not replay(decision, bundle, "p5").equal
     score = rewritten("score", lambda i, r: r | {"answer": r["answer"] | {"score": r["answer"]["score"] + 2e-6}} if i == 5 else r)
     assert not replay(score, bundle, "p5").equal
     near = rewritten("near", lambda i, r: r | {"answer": r["answer"] | {"score": r["answer"]["score"] + 5e-7}} if i == 5 else r)

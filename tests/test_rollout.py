@@ -292,3 +292,13 @@ def test_labels_reach_every_state(service, tmp_path):
 def test_a_plan_says_what_is_wrong_with_it():
     with pytest.raises(ValueError, match="there is no challenger"):
         Plan("a", canary=0.5)
+
+
+def test_what_the_kill_switch_answered_stays_answered(service, tmp_path):
+    rollout = service(Plan("deep", killed=True))
+    (ruled,) = told(rollout, pay(0, amount=900.0))
+    drained(rollout)
+    rollout.begin(rollout.prepare(Plan("deep")))
+    assert told(rollout, pay(0, amount=900.0)) == [ruled]
+    assert [r["kind"] for r in read(tmp_path / "audit") if "answer" in r] == ["answer", "missed", "repeat"]
+    rollout.close()

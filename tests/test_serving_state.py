@@ -461,7 +461,7 @@ def test_a_new_key_for_tokens_loses_nothing(stepping, tmp_path):
     scorer = Scorer(stepping.bundle, f"sqlite:{tmp_path}/state", tokens=lambda id: [f"{key}.{id}" for key in keys])
     assert scored(scorer, payments[:30]) == usual[:30]
     keys.insert(0, "k2")
-    # a device's payers are told apart by their tokens, and count twice while both are in its window: look at payers and payees that were not there
+    # distinct payers are told apart by their tokens, and count twice while both are in a window
     again = scored(scorer, payments[20:30])
     assert again == usual[20:30]
     for p in payments[30:]:

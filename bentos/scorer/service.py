@@ -10,22 +10,24 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before bentoml is impor
 import bentoml
 
 from fraudlab.core.settings import settings
-from fraudlab.data.tokens import guard_logs
 from fraudlab.serving.access import Access
-from fraudlab.serving.bento import check_start, open_rollout
+from fraudlab.serving.bento import check_start, open_rollout, tracer_provider
 from fraudlab.serving.connection import guard_connections
+from fraudlab.serving.observability import log_lines, trace_with
 from fraudlab.serving.service import Door
 from fraudlab.serving.service import Service as Scorer
 
 HERE = Path(__file__).resolve().parent
 logging.getLogger("fraudlab").setLevel(logging.INFO)
-guard_logs()
+log_lines(settings().log_format)
 guard_connections()
+logging.getLogger("uvicorn.access").propagate = False  # else each request is told to a log that nobody reads
 scorer = Scorer(partial(open_rollout, HERE), Access.from_settings())
 
 
 class Outermost(bentoml.Service):
     def to_asgi(self, is_main: bool = True):
+        trace_with(tracer_provider())
         return Door(super().to_asgi(is_main), scorer)
 
 

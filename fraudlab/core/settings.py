@@ -47,6 +47,7 @@ class Settings:
     rollout: str = ""          # file of the plan that says which bundle answers; default `state/rollout.json` in the data folder
     audit: str = ""            # folder of the audit log; default `audit` in the data folder
     workers: int = 1           # processes that answer
+    log_format: str = "json"   # of the service's log: json or plain
     tls: str = ""              # folder with tls.crt, tls.key and ca.crt: the service then speaks TLS, and asks callers for certificates
     coordinator: str = ""      # address of the first of several processes that train together, such as host:1234
     processes: int = 1         # how many they are
@@ -80,6 +81,8 @@ def settings() -> Settings:
     for name, default in (("seed", 0), ("workers", 1), ("processes", many), ("process", which)): given[name] = _whole_number(name, given.get(name, default))
     if given.setdefault("device", "auto") not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device = {given['device']}: must be auto, cpu or gpu.")
+    if given.setdefault("log_format", "json") not in ("json", "plain"):
+        raise ValueError(f"log_format = {given['log_format']}: must be json or plain.")
     given["tracking"] = given.get("tracking") or f"sqlite:///{given['registry'] / 'mlflow.db'}"
     given["public_key"] = given.get("public_key") or str(given["keys"] / "public.pem")
     given["rollout"] = given.get("rollout") or str(given["data"] / "state" / "rollout.json")

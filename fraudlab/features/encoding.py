@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal, get_args
 
 import numpy as np
@@ -110,12 +111,16 @@ def _filled(c: Column, value: pl.Expr) -> pl.Expr:
     return pl.when(value.is_finite()).then(value.clip(-LARGEST, LARGEST)).otherwise(c.fill).cast(pl.Float32).alias(c.name)
 
 def _filled_one(c: Column) -> Callable[[dict], tuple[float]]:
-    name, number, missing = c.name, _number(c), (c.fill,)
+    name, number = c.name, _number(c)
     def read(p: dict) -> tuple[float]:
         value = p.get(name)
-        if value is None or not math.isfinite(value := number(value, p)): return missing
-        return (min(max(value, -LARGEST), LARGEST),)
+        return (_clipped(None if value is None else number(value, p), c.fill),)
     return read
+
+def _plain(c: Column) -> bool: return c.kind in ("numeric", "amount") and not c.scales
+
+def _clipped(value: float | None, fill: float) -> float:
+    return fill if value is None or not math.isfinite(value) else min(max(float(value), -LARGEST), LARGEST)
 
 # %% ../../nbs/20_features/50_encoding.ipynb #331f7d9b
 IDS = ("categorical", "hashed", "entity", "text")
@@ -171,11 +176,22 @@ class Encoding:
 
     def encode_one(self, payment: dict) -> np.ndarray:
         "One payment as `[F]` float32: the same numbers as `encode`, without a frame."
-        return np.array([number for read in self._readers for number in read(payment)], np.float32)
+        plain, others, width = self._readers
+        row, get = [0.0] * width, payment.get
+        for at, name, fill in plain:
+            value = get(name)
+            row[at] = value if value is not None and -LARGEST <= value <= LARGEST else _clipped(value, fill)
+        for at, end, read in others: row[at:end] = read(payment)
+        return np.array(row, np.float32)
 
     @cached_property
-    def _readers(self) -> list[Callable[[dict], Iterable[float]]]:
-        return [_ids_one(c) if c.kind in IDS else _filled_one(c) for c in self.columns]
+    def _readers(self) -> tuple[list[tuple], list[tuple], int]:
+        "Of numbers that stay as they are: place, name, fill; of other columns: places, and a function of a payment; and F."
+        ends = list(accumulate(c.width for c in self.columns))
+        plain = [(end - 1, c.name, c.fill) for c, end in zip(self.columns, ends, strict=True) if _plain(c)]
+        others = [(end - c.width, end, _ids_one(c) if c.kind in IDS else _filled_one(c))
+                  for c, end in zip(self.columns, ends, strict=True) if not _plain(c)]
+        return plain, others, sum(c.width for c in self.columns)
 
     def to_dict(self) -> list[dict]: return [asdict(c) for c in self.columns]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'encode_answer', 'decode_answer', 'NO_STATE', 'KILLED', 'PATIENCE', 'MISSED', 'CATCH_UP', 'Reason', 'Answer',
-           'Scored', 'Breaker', 'Scorer', 'Look', 'seen_by', 'stepped', 'judge']
+           'Scored', 'Breaker', 'Scorer', 'remember', 'Look', 'seen_by', 'stepped', 'judge']
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #31e6b5b9
 import logging
@@ -28,9 +28,10 @@ from ..features.stores import StoreError
 from ..governance import policy as policies
 from ..governance.policy import Decision
 from .bundle import tokens_of
+from .observability import mark
 from .reasons import Explained, Reasons
-from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, memory_of, note_answer, once, past_of,
-                                    rename, report, rows_before, sweep, take, update)
+from .state import (MADE, Held, Past, Seen, State, keep_memory, keep_row, keys_of, known, knows_payer, memory_of, note_answer, once,
+                                    past_of, rename, report, rows_before, sweep, take, update)
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -163,7 +164,12 @@ def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, list[dict], Answe
         if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
     return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
 
-Scorer._remembered, Scorer._catch_up = _remembered, _catch_up
+def remember(self: Scorer, p: dict, answer: Answer) -> list[Scored]:
+    "Remember a payment that was answered without this scorer, which then may score the next ones; nothing where it is remembered already."
+    qs = self.hidden(p)
+    return update(self.state, chain(*(keys_of(self.state, q) for q in qs)), lambda held: self._catch_up(held, [(p, qs, answer)]))
+
+Scorer._remembered, Scorer._catch_up, Scorer.remember = _remembered, _catch_up, remember
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000009
 def _trip(self: Scorer, e: StoreError):
@@ -180,6 +186,7 @@ class Look(NamedTuple):
     past: Past            # its payer's, before it
     score: float | None   # of a model with steps
     of: State             # that remembers it
+    known: bool = False   # whether anything was remembered of its payer
 
 def seen_by(bundle, look: Look, dtype: np.dtype) -> Inputs:
     "What a model without steps is shown of a payment, without the dimension `B`."
@@ -214,9 +221,11 @@ def _find(self: Scorer, held: Held, p: dict, qs: list[dict]) -> Scored | Look:
 
 def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Look:
     "Features, row and past of the payment `p`, with tokens `q`; a new one is then remembered, one that was back-filled is already."
-    values, past = take(self.state, dict(held) if before else held, q), past_of(self.state, held, q)
+    past = past_of(self.state, held, q)
+    knew = knows_payer(self.state, held, q, past)
+    values = take(self.state, dict(held) if before else held, q)
     row = self.encoding.encode_one(p | dict(zip(self.state.features.names, values.tolist(), strict=True)))
-    look = Look(q, microseconds(p["event_time"]), row, past, before and before.score, self.state)
+    look = Look(q, microseconds(p["event_time"]), row, past, before and before.score, self.state, knew)
     if before: return look
     if not self.stepper:
         keep_row(self.state, held, q, past, row)
@@ -228,7 +237,9 @@ def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Lo
 def _answer(self: Scorer, held: Held, look: Look, score: float, explain: bool, fallback: str) -> Scored:
     answer, parts = self.tell(look, score, fallback), None
     if explain:
+        mark("score")
         told = self._explained(look)
+        mark("explain")
         answer.reasons, parts = [Reason(**r) for r in told.reasons], {"base": told.base} | told.contributions
     note_answer(self.state, held, look.payment, encode_answer(answer))
     return Scored(answer, self.shown(look.payment), look, parts)

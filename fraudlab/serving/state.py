@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
            'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'update', 'keys_of',
-           'known', 'note_answer', 'take', 'Past', 'past_of', 'memory_of', 'rows_before', 'keep_memory', 'keep_row',
-           'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
+           'known', 'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before', 'keep_memory',
+           'keep_row', 'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
@@ -213,6 +213,11 @@ def past_of(state: State, held: Held, p: dict) -> Past:
     blob = held.get(_past_key(state, p["payer_id"]))
     return Past(*_HEAD.unpack_from(blob), blob[COUNT:]) if blob else Past()
 
+def knows_payer(state: State, held: Held, p: dict, past: Past) -> bool:
+    "Whether anything is remembered of the payer of payment `p`, which is not taken yet, and has this `past`."
+    if state.past: return bool(past.n or past.blob)
+    return any(held.get(k) for k, parts in zip(_engine_keys(state, p), state.engine.parts, strict=True) if parts == ["payer_id"])
+
 def memory_of(stepper, past: Past) -> np.ndarray:
     "A stepper's memory that it may write to, uint8 [size]."
     return np.frombuffer(bytearray(past.blob), np.uint8) if past.blob else stepper.empty()
@@ -239,11 +244,17 @@ def _headed(before: Past, time: int, blob: bytes) -> bytes: return _HEAD.pack(be
 # %% ../../nbs/70_serving/10_state.ipynb #7b000021
 def rename(state: State, held: Held, old: dict, new: dict):
     "Move what `held` has under the tokens of the payment `old` to those of `new`, the same payment under a newer key."
+    past = _past_key(state, new["payer_id"])
     for a, b in zip(keys_of(state, old), keys_of(state, new), strict=True):
-        if a != b and held.get(a) is not None and held.get(b) is None: held[a], held[b] = None, held[a]
+        if a == b or held.get(a) is None or held.get(b) is not None: continue
+        held[a], held[b] = None, _counted_anew(held[a]) if b == past else held[a]
     key = _seen_key(new["payment_id"])
     if (blob := held.get(key)) and (found := seen(blob)).values == _values(state, old):
         held[key] = pack(msgspec.structs.replace(found, values=_values(state, new)))
+
+def _counted_anew(blob: bytes) -> bytes:
+    "A past as it is, with none of the payments in it: what is logged under a new token cannot be told from what was logged before."
+    return _HEAD.pack(0, _HEAD.unpack_from(blob)[1]) + blob[COUNT:]
 
 # %% ../../nbs/70_serving/10_state.ipynb #cddb07bc
 def report(
@@ -373,7 +384,7 @@ def backfill_from(
 ) -> int:
     "Fill `state` from versioned tables; returns the number of payments taken. `ValueError` where they are not those of the bundle."
     data = read(read_run(prepared))
-    if msgspec.to_builtins(Encoding(data.dataset.columns).to_dict()) != msgspec.to_builtins(bundle.columns):
+    if Encoding.from_dict(bundle.columns).columns != tuple(data.dataset.columns):
         raise ValueError(f"{prepared} has other columns than bundle {bundle.name}: give the run that it was trained on (its lineage names it).")
     end = 2**62 if until is None else microseconds(until)
     return backfill(state, tokenised(data.payments, keys, ENTITIES), data.labels, data.dataset.rows, end)
