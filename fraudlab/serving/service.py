@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'CHUNK', 'COLUMNS', 'DRAIN', 'WATCH', 'SHARE', 'Ask', 'request_id', 'Service', 'mounted', 'refused', 'respond',
-           'failed', 'busy', 'full', 'score', 'arrow', 'label', 'model', 'plan', 'change', 'follow', 'ready',
+           'seldom', 'failed', 'busy', 'full', 'score', 'arrow', 'label', 'model', 'plan', 'change', 'follow', 'ready',
            'document_', 'page', 'start', 'end', 'tell', 'Door']
 
 # %% ../../nbs/70_serving/35_service.ipynb #923ac171
@@ -129,14 +129,22 @@ async def respond(send: Callable, reply: Reply, request_id: str = ""):
     await send({"type": "http.response.body", "body": reply.body})
 
 # %% ../../nbs/70_serving/35_service.ipynb #6c1b6973
+_SAID = {}
+
+def seldom(says: str, *args):
+    "Log an error, unless the same was logged within the last second."
+    if time.monotonic() < _SAID.get(says, 0): return
+    _SAID[says] = time.monotonic() + 1
+    log.error(says, *args)
+
 def failed(error: Exception, caller: Caller) -> Problem:
     "What to say when something failed; the log says more."
     if isinstance(error, Conflict): return Problem(409, "conflict", str(error), error.field)
     if isinstance(error, AuditError):
-        log.error("No audit log: %s", error)
+        seldom("No audit log: %s", error)
         return Problem(503, "no_audit", "Nothing can be answered while it cannot be logged; the service's log says why. Send it again.", retry_after="1")
     if isinstance(error, StoreError):
-        log.error("No state: %s", error)
+        seldom("No state: %s", error)
         return Problem(503, "no_state", "The service cannot reach what it remembers; its log says why. Send it again.", retry_after="1")
     place = error.__traceback__
     while place.tb_next: place = place.tb_next
@@ -285,7 +293,7 @@ DRAIN, WATCH = 1., .5   # seconds that a worker goes on after SIGTERM; seconds b
 def start(self: Service):
     "Begin to become ready; call it in the event loop."
     forget_the_dead()
-    for work in (self._start(), self._tell()): self._keep(work)
+    self.starting, _ = map(self._keep, (self._start(), self._tell()))
     if threading.current_thread() is not threading.main_thread(): return     # signals are not ours
     before = signal.getsignal(signal.SIGTERM)
     if callable(before): asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop, before)
@@ -300,6 +308,7 @@ def _keep(self: Service, work):
     task = asyncio.create_task(work)
     self.tasks.add(task)
     task.add_done_callback(self.tasks.discard)
+    return task
 
 async def _start(self: Service):
     try: rollout = await asyncio.to_thread(self.open)
@@ -400,5 +409,8 @@ class Door:
 
     async def _live(self, scope, receive, send):
         self.service.start()
-        try: await self.app(scope, receive, send)
+        async def once_started(message):
+            if message["type"] == "lifespan.startup.complete": await asyncio.wait([self.service.starting])
+            await send(message)
+        try: await self.app(scope, receive, once_started)
         finally: await self.service.end()
