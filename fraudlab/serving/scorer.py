@@ -188,10 +188,10 @@ def _catch_up(self: Scorer):
 
 Scorer._remembered, Scorer.remember, Scorer.score_as, Scorer.settle, Scorer._catch_up = _remembered, remember, score_as, settle, _catch_up
 
-# %% ../../nbs/70_serving/20_scorer.ipynb #1bd57f03
+# %% ../../nbs/70_serving/20_scorer.ipynb #ffb0ecf9
 def _told(self: Scorer, scored: list[Scored], explain: bool, kept: bool = True) -> list[Scored]:
     "`scored` with reasons, if they are asked for; where the answers are `kept`, these with them."
-    if not explain: return scored
+    if not explain or not any(s.look for s in scored): return scored
     mark("score")
     told = [self._with_reasons(s) if s.look else s for s in scored]
     mark("explain")
