@@ -191,7 +191,6 @@ def own_memory(pids: Iterable[int]) -> int:
 _SCRIPT = """
 local requests, sent = {}, 0
 function init(arguments)
-  wrk.init(arguments)
   for line in io.lines(arguments[1]) do requests[#requests + 1] = wrk.format("POST", nil, nil, line) end
 end
 function request()

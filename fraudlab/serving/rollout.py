@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -22,11 +23,13 @@ import msgspec
 from msgspec import Meta
 from xxhash import xxh64_intdigest
 
+from ..core.private import alone
 from ..core.runs import write_text
+from ..features.stores import StoreError
 from ..governance.audit_log import AuditError
 from .observability import AUDIT, PLANS, SHADOWED, count_answer, count_scored, mark, of, tell_serving
 from .scorer import KILLED, PATIENCE, Answer, Scored, Scorer
-from .state import Conflict, State
+from .state import Conflict, State, Unfit, made_for
 
 log = logging.getLogger("fraudlab.serving")
 
@@ -134,15 +137,19 @@ class Rollout:
         self._flush()
         callers = caller if isinstance(caller, list) else [caller] * len(payments)
         if self.now.plan.killed: scored = [self._ruled(p) for p in payments]
-        elif self.now.plan.canary: scored = [self._split(p, explain) for p in payments]
+        elif self.now.plan.canary: scored = self._each(payments, callers, explain)
         else: scored = self.now.champion.score(payments, explain)
         mark("score")
-        for s, c in zip(scored, callers, strict=True): s.answer.request_id = c.request_id
-        self._record([record("answer" if s.look or self.now.plan.killed else "repeat", s, c) for s, c in zip(scored, callers, strict=True)])
+        self._record(self._records(scored, callers))
         mark("audit")
         count_scored(scored)
         if self.now.challenger or self.now.plan.killed: self._shadow(payments, scored, callers)
         return [s.answer for s in scored]
+
+    def _records(self, scored: list[Scored], callers: list[Caller]) -> list[Record]:
+        "What is logged of answers, which from now on name their requests."
+        for s, c in zip(scored, callers): s.answer.request_id = c.request_id
+        return [record("answer" if s.look or self.now.plan.killed else "repeat", s, c) for s, c in zip(scored, callers)]
 
     def report(self, labels: list[dict], caller: Caller = Caller()) -> int:
         "Note what became known of payments; returns of how many that are remembered."
@@ -155,6 +162,7 @@ class Rollout:
     def state(self, bundle, address: str) -> State:
         "The state at `address`, which scorers share; each has to `let_go` of it."
         if address not in self.states: self.states[address] = [State(bundle, address, patience=PATIENCE), 0]
+        if self.states[address][0].made != made_for(bundle): raise Unfit(f"{address} holds the state of other bundles.")
         self.states[address][1] += 1
         return self.states[address][0]
 
@@ -167,6 +175,10 @@ class Rollout:
     def once(self, key: str, body: bytes) -> bool: return self.now.champion.once(key, body)
 
     def close(self):
+        "Log what is left, and close everything."
+        if self.now:
+            self._hand_over(self.now, None)
+            with suppress(AuditError): self._record([])
         for scorer in (self.now.champion, self.now.challenger) if self.now else ():
             if scorer: self.let_go(scorer)
         self.log.close()
@@ -196,6 +208,16 @@ def _taken(waiting: deque) -> list:
 Rollout._flush, Rollout._record = _flush, _record
 
 # %% ../../nbs/70_serving/25_rollout.ipynb #83516f26
+def _each(self: Rollout, payments: list[dict], callers: list[Caller], explain: bool) -> list[Scored]:
+    "Score payments one by one; what was scored before one that fails is logged, for it is remembered."
+    scored = []
+    try:
+        for p in payments: scored.append(self._split(p, explain))
+    except BaseException:
+        self.unlogged.extend(self._records(scored, callers))
+        raise
+    return scored
+
 def _split(self: Rollout, p: dict, explain: bool) -> Scored:
     "Score a payment by the bundle that its payer falls to; by the champion if the challenger fails."
     plan, champion, challenger, tallies = self.now
@@ -212,9 +234,10 @@ def _split(self: Rollout, p: dict, explain: bool) -> Scored:
 
 def _roll_back(self: Rollout, why: str):
     "End the canary; the challenger stays in the shadow."
-    plan = msgspec.structs.replace(self.now.plan, canary=0.0, why=f"rolled back: {why}")
+    before, plan = self.now.plan, msgspec.structs.replace(self.now.plan, canary=0.0, why=f"rolled back: {why}")
     self.now = self.now._replace(plan=plan)
-    write_plan(self.path, plan)
+    try: self.write(instead_of=before)
+    except (OSError, ValueError) as e: log.error("The plan in %s could not be written: %s", self.path, e)
     log.error("The canary of %s was rolled back: %s.", plan.challenger, why)
     of(PLANS, "rolled_back").inc()
     self.unlogged.append(Record("plan", _now(), about=msgspec.to_builtins(plan)))
@@ -224,7 +247,7 @@ def _ruled(self: Rollout, p: dict) -> Scored:
     champion = self.now.champion
     return Scored(champion.rule(p), champion.shown(champion.hidden(p)[0]))
 
-Rollout._split, Rollout._roll_back, Rollout._ruled = _split, _roll_back, _ruled
+Rollout._each, Rollout._split, Rollout._roll_back, Rollout._ruled = _each, _split, _roll_back, _ruled
 
 # %% ../../nbs/70_serving/25_rollout.ipynb #14298d42
 class Waiting(NamedTuple):
@@ -242,15 +265,19 @@ def _shadow(self: Rollout, payments: list[dict], scored: list[Scored], callers: 
         other = champion if plan.killed or s.answer.bundle == challenger.bundle.version else challenger
         self.shadows.append(Waiting(other, p, s, caller))
     while len(self.shadows) > SHADOWS:
-        self.shadows.popleft()
+        _keep_killed(self.shadows.popleft())
         self.dropped += 1
         of(SHADOWED, "dropped").inc()
+
+def _keep_killed(w: Waiting):
+    "What was answered without a model is remembered later, whatever else is dropped."
+    if w.scored.answer.fallback == KILLED: w.scorer.missed.append((w.payment, w.scorer.hidden(w.payment), w.scored.answer))
 
 def _told_again(scorer: Scorer, p: dict, s: Scored) -> tuple[str, list[Scored]]:
     "What another scorer makes of a payment that was answered, and the kind of its record."
     if s.answer.fallback == KILLED: return "missed", scorer.remember(p, s.answer)
     if s.look and s.look.of is scorer.state: return "shadow", [Scored(scorer.again(s.look), {"payment_id": p["payment_id"]})]
-    return "shadow", scorer.score([p], explain=False)
+    return "shadow", scorer.score_as(p, s.answer)
 
 def shadow_one(self: Rollout) -> bool:
     "Score one payment in the shadow; whether there was one."
@@ -258,6 +285,7 @@ def shadow_one(self: Rollout) -> bool:
     scorer, p, s, caller = self.shadows.popleft()
     try: kind, told = _told_again(scorer, p, s)
     except Exception as e:
+        if s.answer.fallback == KILLED and isinstance(e, StoreError): scorer.missed.append((p, scorer.hidden(p), s.answer))
         log.error("Scoring in the shadow failed: %s.", type(e).__name__)
         of(SHADOWED, "failed").inc()
     else:
@@ -271,12 +299,16 @@ Rollout._shadow, Rollout.shadow_one = _shadow, shadow_one
 # %% ../../nbs/70_serving/25_rollout.ipynb #40f8ec7b
 def prepare(self: Rollout, plan: Plan) -> Serving:
     "Open what `plan` names, anew; raises `Refused`, `StoreError` or `ValueError`, and nothing has changed."
+    if self.now and (plan.champion, plan.challenger) == (self.now.plan.champion, self.now.plan.challenger):     # such as the kill switch
+        return self.now._replace(plan=plan, tallies=(Tally(), Tally()))
     champion, challenger = self.open(plan.champion, self), None
     try:
         if self.now and not plan.cold: _check_warm(champion, self.now)
         if plan.challenger: challenger = self.open(plan.challenger, self)
+        if challenger: _check_fields(champion.bundle, challenger.bundle)
     except BaseException:
-        self.let_go(champion)
+        for scorer in (champion, challenger):
+            if scorer: self.let_go(scorer)
         raise
     return Serving(plan, champion, challenger, (Tally(), Tally()))
 
@@ -285,34 +317,49 @@ def _check_warm(champion: Scorer, now: Serving):
     if champion.state.seen_any() or not now.champion.state.seen_any(): return
     raise ValueError(f"The state of {champion.bundle.name} has seen no payment: back-fill it, let it be a challenger first, or say cold = true.")
 
+def _check_fields(champion, challenger):
+    "Raise `ValueError` for a challenger that reads a field which payments for the champion do not have."
+    known = {f["name"]: f["kind"] for f in champion.fields}
+    for f in challenger.fields:
+        if known.get(f["name"]) != f["kind"]:
+            raise ValueError(f"{challenger.name} reads the field '{f['name']}' ({f['kind']}), which payments for {champion.name} do not have: "
+                             "a challenger is shown the champion's payments.")
+
 def begin(self: Rollout, serving: Serving, caller: Caller = Caller()):
     "From now on answer as `serving` says."
     before, self.now = self.now, serving
-    self.shadows.clear()
     if before:
+        self._hand_over(before, serving)
         for scorer in (before.champion, before.challenger):
-            if scorer: self.let_go(scorer)
+            if scorer and scorer not in (serving.champion, serving.challenger): self.let_go(scorer)
+        if before.plan.killed: serving.champion.settle()      # so that what was answered without a model stays answered
     of(PLANS, "begun").inc()
     tell_serving(serving.champion.bundle, serving.challenger and serving.challenger.bundle)
-    self._record([Record("plan", _now(), *caller, about=msgspec.to_builtins(serving.plan))])
+    self.unlogged.append(Record("plan", _now(), *caller, about=msgspec.to_builtins(serving.plan)))
+    with suppress(AuditError): self._flush()
 
-Rollout.prepare, Rollout.begin = prepare, begin
+def _hand_over(self: Rollout, before: Serving, after: Serving | None):
+    "What the scorers of `before` still owe: records of what they caught up with, and payments to remember, for those of `after` with the same state."
+    for w in _taken(self.shadows): _keep_killed(w)
+    for old in (before.champion, before.challenger):
+        if old is None: continue
+        if after is None: old.settle()
+        self.unlogged.extend(record("missed", s, Caller()) for s in _taken(old.caught_up))
+        heir = next((new for new in after or () if isinstance(new, Scorer) and new is not old and new.state is old.state), None)
+        if heir: heir.missed.extend(_taken(old.missed))
+
+Rollout.prepare, Rollout.begin, Rollout._hand_over = prepare, begin, _hand_over
 
 # %% ../../nbs/70_serving/25_rollout.ipynb #9807ec3f
-def write(self: Rollout):
-    "Write the plan that is in force, for the other workers and for the next start."
-    write_plan(self.path, self.now.plan)
-    self.stamp = _stamp(self.path)
+def write(self: Rollout, instead_of: Plan | None = None):
+    "Write the plan that is in force, for the other workers and for the next start; if `instead_of` is given, only where the file still says that."
+    with alone(self.path):
+        if instead_of is None or read_plan(self.path) == instead_of: write_plan(self.path, self.now.plan)
 
 def changed(self: Rollout) -> Plan | None:
-    "The plan in the file, if that was written since it was last looked at and says something else."
-    if self.keys: self.keys.refresh()
-    if (stamp := _stamp(self.path)) == self.stamp: return None
-    self.stamp = stamp
+    "The plan in the file, if that says something else than the one in force."
     plan = read_plan(self.path)
     return plan if plan != self.now.plan else None
-
-def _stamp(path: Path) -> int: return path.stat().st_mtime_ns
 
 def trouble(self: Rollout) -> str:
     "Why no payment should be sent here; empty: nothing."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'encode_answer', 'decode_answer', 'NO_STATE', 'KILLED', 'PATIENCE', 'MISSED', 'CATCH_UP', 'Reason', 'Answer',
-           'Scored', 'Breaker', 'Scorer', 'remember', 'Look', 'seen_by', 'stepped', 'judge']
+           'Scored', 'Breaker', 'Scorer', 'remember', 'score_as', 'settle', 'Look', 'seen_by', 'stepped', 'judge']
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #31e6b5b9
 import logging
@@ -24,7 +24,7 @@ from ..evaluation import calibration as calibrations
 from ..features.encoding import Encoding
 from ..features.online import microseconds
 from ..features.sequences import Inputs
-from ..features.stores import StoreError
+from ..features.stores import Busy, StoreError
 from ..governance import policy as policies
 from ..governance.policy import Decision
 from .bundle import tokens_of
@@ -94,13 +94,14 @@ class Scorer:
 
     def score(self, payments: list[dict], explain: bool = False) -> list[Scored]:
         "Scores of `payments` (dicts of the contract's and the declared fields); all are remembered, or, on an error, none."
-        payments = [(p, self.hidden(p)) for p in payments]
-        if self.breaker.closed():
-            try: return self._remembered(payments, explain)
-            except StoreError as e: self._trip(e)
-        scored = [self._work({}, [one], explain, NO_STATE)[0] for one in payments]
+        known, payments = self.breaker.closed(), [(p, self.hidden(p)) for p in payments]
+        try:
+            if known: return self._told(self._remembered(payments), explain)
+        except Busy as e: log.warning("Busy: %s", e)
+        except StoreError as e: self._trip(e)
+        scored = [self._work({}, [one], NO_STATE)[0] for one in payments]
         self.missed.extend((*one, s.answer) for one, s in zip(payments, scored, strict=True))
-        return scored
+        return self._told(scored, explain, kept=False)
 
     def hidden(self, p: dict) -> list[dict]:
         "`p` with tokens for ids, as each key makes them, the current one first."
@@ -147,31 +148,69 @@ class Scorer:
     def close(self): self.state.close()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000005
-def _remembered(self: Scorer, payments: list[tuple[dict, list[dict]]], explain: bool) -> list[Scored]:
+def _remembered(self: Scorer, payments: list[tuple[dict, list[dict]]]) -> list[Scored]:
     "Scores of payments, which are remembered, after some of those that the store missed."
-    late = [self.missed[i] for i in range(min(CATCH_UP, len(self.missed)))]
+    self._catch_up()
     sweep(self.state, len(payments))
-    keys = chain(*(keys_of(self.state, q) for _, qs, *_ in (*late, *payments) for q in qs))
-    caught_up, scored = update(self.state, keys, lambda held: (self._catch_up(held, late), self._work(held, payments, explain)))
-    for _ in late: self.missed.popleft()
-    self.caught_up.extend(caught_up)
-    return scored
-
-def _catch_up(self: Scorer, held: Held, late: list[tuple[dict, list[dict], Answer]]) -> list[Scored]:
-    "Let `held` remember payments that the store missed, with what they were answered."
-    found = [(self._find(held, p, qs), answer) for p, qs, answer in late]
-    for look, answer in found:
-        if isinstance(look, Look): note_answer(self.state, held, look.payment, encode_answer(answer))
-    return [Scored(answer, self.shown(look.payment), look) for look, answer in found if isinstance(look, Look)]
+    return update(self.state, chain(*(keys_of(self.state, q) for _, qs in payments for q in qs)), lambda held: self._work(held, payments))
 
 def remember(self: Scorer, p: dict, answer: Answer) -> list[Scored]:
-    "Remember a payment that was answered without this scorer, which then may score the next ones; nothing where it is remembered already."
+    "Remember a payment that was answered without the state; nothing where it is remembered already. Raises as an update does."
     qs = self.hidden(p)
-    return update(self.state, chain(*(keys_of(self.state, q) for q in qs)), lambda held: self._catch_up(held, [(p, qs, answer)]))
+    def work(held: Held) -> list[Scored]:
+        look = self._find(held, p, qs)
+        if not isinstance(look, Look): return []
+        note_answer(self.state, held, look.payment, encode_answer(answer))
+        return [Scored(answer, self.shown(look.payment), look)]
+    return update(self.state, chain(*(keys_of(self.state, q) for q in qs)), work)
 
-Scorer._remembered, Scorer._catch_up, Scorer.remember = _remembered, _catch_up, remember
+def score_as(self: Scorer, p: dict, answer: Answer) -> list[Scored]:
+    "Score a payment to which another scorer gave `answer`, with which it is remembered."
+    scored = self.score([p])
+    if scored[0].look and not scored[0].answer.fallback:
+        update(self.state, keys_of(self.state, scored[0].look.payment), lambda held: note_answer(self.state, held, scored[0].look.payment, encode_answer(answer)))
+    return scored
 
-# %% ../../nbs/70_serving/20_scorer.ipynb #7a000009
+def settle(self: Scorer):
+    "Remember what the store missed, as far as it answers."
+    try:
+        while self.missed: self._catch_up()
+    except StoreError as e: log.error("%d payments are not remembered: %s", len(self.missed), e)
+
+def _catch_up(self: Scorer):
+    "Remember some payments that the store missed; one that cannot be, since it contradicts another, is let go."
+    for _ in range(min(CATCH_UP, len(self.missed))):
+        p, _, answer = self.missed[0]
+        try: self.caught_up.extend(self.remember(p, answer))
+        except StoreError: raise
+        except Exception as e: log.error("A payment that the store missed cannot be remembered: %s.", type(e).__name__)
+        self.missed.popleft()
+
+Scorer._remembered, Scorer.remember, Scorer.score_as, Scorer.settle, Scorer._catch_up = _remembered, remember, score_as, settle, _catch_up
+
+# %% ../../nbs/70_serving/20_scorer.ipynb #ffb0ecf9
+def _told(self: Scorer, scored: list[Scored], explain: bool, kept: bool = True) -> list[Scored]:
+    "`scored` with reasons, if they are asked for; where the answers are `kept`, these with them."
+    if not explain or not any(s.look for s in scored): return scored
+    mark("score")
+    told = [self._with_reasons(s) if s.look else s for s in scored]
+    mark("explain")
+    new = [s for s in told if s.look]
+    def note(held: Held):
+        for s in new: note_answer(self.state, held, s.look.payment, encode_answer(s.answer))
+    if kept and new:
+        try: update(self.state, chain(*(keys_of(self.state, s.look.payment) for s in new)), note)
+        except StoreError as e: self._trip(e)      # sent again, they have no reasons
+    return told
+
+def _with_reasons(self: Scorer, s: Scored) -> Scored:
+    told = self._explained(s.look)
+    s.answer.reasons = [Reason(**r) for r in told.reasons]
+    return s._replace(parts={"base": told.base} | told.contributions)
+
+Scorer._told, Scorer._with_reasons = _told, _with_reasons
+
+# %% ../../nbs/70_serving/20_scorer.ipynb #2195b34e
 def _trip(self: Scorer, e: StoreError):
     if not self.missed: log.error("No state: %s Payments are scored from their own fields.", e)
     self.breaker.trip()
@@ -207,11 +246,11 @@ def judge(bundle, looks: list[Look], dtype: np.dtype) -> list[float]:
     return bundle.score(Inputs(*map(np.stack, zip(*(seen_by(bundle, look, dtype) for look in looks), strict=True)))).tolist()
 
 # %% ../../nbs/70_serving/20_scorer.ipynb #7a000008
-def _work(self: Scorer, held: Held, payments: list[tuple[dict, list[dict]]], explain: bool, fallback: str = "") -> list[Scored]:
+def _work(self: Scorer, held: Held, payments: list[tuple[dict, list[dict]]], fallback: str = "") -> list[Scored]:
     "Score payments, which `held` then remembers; one that was answered before gets its answer again."
     found = [self._find(held, p, qs) for p, qs in payments]
     scores = iter(judge(self.bundle, [x for x in found if isinstance(x, Look)], self.state.dtype))
-    return [self._answer(held, x, next(scores), explain, fallback) if isinstance(x, Look) else x for x in found]
+    return [self._answer(held, x, next(scores), fallback) if isinstance(x, Look) else x for x in found]
 
 def _find(self: Scorer, held: Held, p: dict, qs: list[dict]) -> Scored | Look:
     q, *older = qs
@@ -234,15 +273,10 @@ def _look(self: Scorer, held: Held, p: dict, q: dict, before: Seen | None) -> Lo
     keep_memory(self.state, held, q, past, memory)
     return look._replace(score=score)
 
-def _answer(self: Scorer, held: Held, look: Look, score: float, explain: bool, fallback: str) -> Scored:
-    answer, parts = self.tell(look, score, fallback), None
-    if explain:
-        mark("score")
-        told = self._explained(look)
-        mark("explain")
-        answer.reasons, parts = [Reason(**r) for r in told.reasons], {"base": told.base} | told.contributions
+def _answer(self: Scorer, held: Held, look: Look, score: float, fallback: str) -> Scored:
+    answer = self.tell(look, score, fallback)
     note_answer(self.state, held, look.payment, encode_answer(answer))
-    return Scored(answer, self.shown(look.payment), look, parts)
+    return Scored(answer, self.shown(look.payment), look)
 
 def _explained(self: Scorer, look: Look) -> Explained:
     memory = memory_of(self.stepper, look.past) if self.stepper else None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pack', 'seen', 'made', 'Held', 'MADE', 'COMPARED', 'COUNT', 'DAY', 'LOOKS', 'Items', 'Seen', 'Made', 'history_type',
-           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'update', 'keys_of',
-           'known', 'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before', 'keep_memory',
-           'keep_row', 'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
+           'append_history', 'cut_history', 'Conflict', 'State', 'made_for', 'memory_name', 'Unfit', 'update',
+           'keys_of', 'known', 'note_answer', 'take', 'Past', 'past_of', 'knows_payer', 'memory_of', 'rows_before',
+           'keep_memory', 'keep_row', 'rename', 'report', 'once', 'sweep', 'backfill', 'backfill_from', 'copy_state']
 
 # %% ../../nbs/70_serving/10_state.ipynb #56054d8d
 import math
@@ -116,14 +116,21 @@ def _read(engine: Online) -> set[str]:
     return {*engine.names, *engine.numbers, *engine.degrees, *chain(*engine.parts), "currency"}
 
 # %% ../../nbs/70_serving/10_state.ipynb #5700f009
+class Unfit(StoreError):
+    "A store that holds the state of other bundles."
+
 def _claim(state: State):
     "Note in an empty store what it is for; `StoreError` for one that holds something else, or half of a backfill."
     mine = pack(state.made)
     found = state.store.update([MADE], lambda blobs: ([blobs[0] or mine], blobs[0] or mine))
     if found == mine: return
     state.close()
-    raise StoreError(f"{state.store.address} cannot be used: {_why(found, state.made)}. "
-                     "Delete it and backfill, or use another file or number of database.")
+    raise (Unfit if _whole(found) else StoreError)(f"{state.store.address} cannot be used: {_why(found, state.made)}. "
+                                                   "Delete it and backfill, or use another file or number of database.")
+
+def _whole(found: bytes) -> bool:
+    try: return made(found).complete
+    except msgspec.MsgspecError: return False
 
 def _why(found: bytes, expected: Made) -> str:
     try: found = made(found)
