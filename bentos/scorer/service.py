@@ -11,7 +11,7 @@ import bentoml
 
 from fraudlab.core.settings import settings
 from fraudlab.serving.access import Access
-from fraudlab.serving.bento import check_start, open_rollout, tracer_provider
+from fraudlab.serving.bento import check_start, open_rollout, tracer_provider, watch_workers
 from fraudlab.serving.connection import guard_connections
 from fraudlab.serving.observability import log_lines, trace_with
 from fraudlab.serving.service import Door
@@ -44,6 +44,7 @@ class Service:
     @bentoml.on_deployment
     def check():
         check_start(HERE)
+        watch_workers()
 
     def __is_ready__(self) -> bool:
         return scorer.rollout is not None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'chosen', 'state_address', 'in_lab', 'folder_of', 'entity_tokens', 'open_scorer', 'open_rollout',
-           'backfill_bundle', 'check_start', 'tracer_provider', 'serve_command', 'serve', 'started', 'running',
-           'free_port', 'serving_lock', 'package_bento']
+           'backfill_bundle', 'check_start', 'watch_workers', 'tracer_provider', 'serve_command', 'serve', 'started',
+           'running', 'free_port', 'serving_lock', 'package_bento']
 
 # %% ../../nbs/70_serving/40_bento.ipynb #622a5e6d
 import logging
@@ -141,6 +141,16 @@ def check_start(service: Path):
         check_address(str(host), Access.from_settings().secured)
         verify(*chosen(service))
     except (ValueError, OSError) as e: raise SystemExit(str(e)) from None
+
+# %% ../../nbs/70_serving/40_bento.ipynb #40a00002
+def watch_workers(every: float = 1.):
+    "Let this process, once it watches workers, look for dead ones so often (seconds), and replace them wherever it runs."
+    from bentoml._internal.utils import circus
+    class Watchful(circus.Arbiter):
+        def __init__(self, watchers, **options):
+            for watcher in watchers: watcher.respawn = True
+            super().__init__(watchers, **options | {"check_delay": every})
+    circus.Arbiter = Watchful
 
 # %% ../../nbs/70_serving/40_bento.ipynb #64b4266d
 def tracer_provider():
