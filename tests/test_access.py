@@ -485,7 +485,7 @@ def _add(path):
 
 
 def test_processes_that_add_keys_together_lose_none(path):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.map(_add, [path] * 12)
     assert len(read_credentials(path).keys) == 12
     assert path.stat().st_mode & 0o777 == 0o600

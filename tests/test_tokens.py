@@ -211,7 +211,7 @@ def _rotate(path):
 
 def test_processes_that_start_and_rotate_together_lose_no_key(tmp_path):
     path = tmp_path / "tokens.json"
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.map(_rotate, [path] * 12)
     ring = read_private(path, Ring)
     assert list(ring.keys) == [f"k{i}" for i in range(1, 14)]
